@@ -1,0 +1,144 @@
+"""Trains calibrators and a segmentation head on one domain and scores them on others, in plain PyTorch.
+
+python examples/train_minimal.py --out runs/adapter --test ../shared/data/camvid:day ../shared/data/camvid:dusk
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from backbone import HUB_ID, load_dinov2_small
+from streets import CLASSES, IGNORE, StreetScenes, TrainingCrops, evaluate, save_bare_head
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mgfc import FeatureMaps, SegmentationHead, wrap_backbone
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA / "synth_town", help="data set; its split `train` is used")
+    parser.add_argument("--backbone", type=Path, help="Transformers directory of a DINOv2 (default: DINOv2-S from the Hub)")
+    parser.add_argument("--out", type=Path, default=Path("runs/adapter"))
+    parser.add_argument("--bare", action="store_true", help="no calibrators: the same head on the frozen backbone")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--size", type=int, nargs=2, default=(196, 266), metavar=("H", "W"), help="of the training crops")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
+    parser.add_argument("--val", metavar="ROOT:SPLIT", help="data of the source domain to score (default: DATA:val)")
+    parser.add_argument("--test", nargs="*", default=[], metavar="ROOT:SPLIT", help="data of unseen domains to score")
+    return parser.parse_args(arguments)
+
+
+def build_model(backbone: Path | None, bare: bool) -> tuple[nn.Module, SegmentationHead, nn.Sequential]:
+    vit = load_dinov2_small(backbone)
+    if bare:
+        vit.requires_grad_(False)
+    else:
+        wrap_backbone(vit)
+    maps = FeatureMaps(vit, out_indices=(2, 5, 8, 11))
+    head = SegmentationHead(maps.channels, len(CLASSES))
+    return vit, head, nn.Sequential(maps, head)
+
+
+def build_optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}
+    vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=lr)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warmup, max(0.0, 1 - s / steps) ** 0.9))
+    return optimizer, schedule
+
+
+def train(model: nn.Sequential, vit: nn.Module, args: argparse.Namespace, checkpoint: Path) -> None:
+    optimizer, schedule = build_optimizer(model, args.lr, args.steps)
+    run = [args.steps, args.batch_size, args.lr, *args.size, args.seed, args.bare]
+    step = 0
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["run"] != run:
+            raise SystemExit(f"{checkpoint} belongs to a run with other settings: {saved['run']}, now {run}.")
+        step = saved["step"]
+        model.load_state_dict(saved["trained"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        torch.set_rng_state(saved["rng"])
+    scenes = StreetScenes(args.data, "train")
+    crops = TrainingCrops(scenes, tuple(args.size), args.seed, step * args.batch_size, args.steps * args.batch_size)
+    batches = DataLoader(crops, args.batch_size, num_workers=args.workers)
+    progress = tqdm(batches, desc=f"training {args.out.name}", initial=step, total=args.steps, mininterval=5)
+    model.train()
+    for images, labels in progress:
+        logits = F.interpolate(model(images), size=labels.shape[1:], mode="bilinear", align_corners=False)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE)
+        if not args.bare:
+            loss = loss + vit.calibration.loss(labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        step += 1
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if step % args.save_every == 0 or step == args.steps:
+            trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+            states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"run": run, "step": step, "trained": trained, **states}, checkpoint.with_suffix(".part"))
+            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    args = parse_arguments(arguments)
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    vit, head, model = build_model(args.backbone, args.bare)
+    print(f"Trained parameters: {sum(p.numel() for p in model.parameters() if p.requires_grad):,}")
+    checkpoint = args.out.with_name(args.out.name + ".checkpoint.pt")
+    start = time.perf_counter()
+    train(model, vit, args, checkpoint)
+    minutes = (time.perf_counter() - start) / 60
+    print(f"Trained in {minutes:.1f} min")
+
+    metrics = {}
+    for place in [args.val or f"{args.data}:val", *args.test]:
+        root, split = place.rsplit(":", 1)
+        name = f"{Path(root).name}/{split}"
+        scores = evaluate(model, StreetScenes(root, split), title=name)
+        metrics[f"{name} mIoU"] = round(scores.miou, 2)
+        print(f"{name}: {scores}")
+    training = {
+        "metrics": metrics,
+        "datasets": [args.data.name],
+        "recipe": f"{args.steps} steps of {args.batch_size} crops of {args.size[0]} x {args.size[1]}, AdamW, "
+        f"learning rate {args.lr:g}, seed {args.seed}",
+        "backbone weights": vit.weights_source,
+        "minutes": round(minutes, 1),
+    }
+    if args.bare:
+        save_bare_head(head, args.out, training)
+    else:
+        vit.calibration.save_pretrained(args.out, head=head, training=training, base_model=HUB_ID)
+    checkpoint.unlink()
+    print(f"Written: {args.out}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""mgfc: adapt frozen vision foundation models to dense prediction that survives a change of domain.
+
+An implementation of the published description of Multi-Granularity Feature Calibration (arXiv 2508.03007).
+"""
+
+__version__ = "0.1.0"
+
+from mgfc.calibration import BlockReport, Calibration
+from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib
+from mgfc.checkpoint import load_head
+from mgfc.config import CoarseConfig, FineConfig, MediumConfig, MGFCConfig
+from mgfc.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    CalibrationError,
+    ConfigError,
+    LabelError,
+    MGFCError,
+    UnsupportedBackboneError,
+)
+from mgfc.features import FeatureMaps
+from mgfc.heads import SegmentationHead
+from mgfc.wrapping import get_calibration, unwrap_backbone, wrap_backbone
+
+__all__ = [
+    "AdapterFileError",
+    "AdapterMismatchError",
+    "AdapterNotFoundError",
+    "BlockReport",
+    "CalibLayer",
+    "Calibration",
+    "CalibrationError",
+    "CoarseCalib",
+    "CoarseConfig",
+    "ConfigError",
+    "FeatureMaps",
+    "FineCalib",
+    "FineConfig",
+    "LabelError",
+    "MGFCConfig",
+    "MGFCError",
+    "MediumCalib",
+    "MediumConfig",
+    "SegmentationHead",
+    "UnsupportedBackboneError",
+    "get_calibration",
+    "load_head",
+    "unwrap_backbone",
+    "wrap_backbone",
+]

@@ -1,0 +1,1 @@
+"""What a vision transformer is: its blocks, their tokens, their patch grid."""

@@ -1,0 +1,159 @@
+"""What can be told of a tower without running it: widths, extra tokens, patch size, a fingerprint of its weights."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgfc.backbones.detection import Tower
+from mgfc.backbones.exceptions import TRAILING
+from mgfc.backbones.layout import MaskUnitOrder, Order, RasterOrder, WindowOrder
+from mgfc.errors import UnsupportedBackboneError
+
+_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|intermediate|output|fc\d|swiglu", re.IGNORECASE)
+_ATTENTION = re.compile("attn|attention", re.IGNORECASE)
+_EXTRA_TOKEN = re.compile(r"(cls|class|dist|reg|query|queries|detection)\w*|\w+_tokens?$", re.IGNORECASE)
+_NOT_EXTRA_TOKEN = re.compile(r"mask|pos|type|segment", re.IGNORECASE)
+_PREFIX_TOKEN = re.compile(r"(cls|class|dist|reg)\w*(token|embedding)|(cls|class)_?(token|embed)", re.IGNORECASE)
+
+
+def _feed_forward_maps(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The linear maps of a block's feed-forward network, in order; all of the block's where none is named so."""
+    maps = [
+        (name, module)
+        for name, module in block.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.ndim in (2, 4)
+        and (hasattr(module, "out_features") or hasattr(module, "out_channels"))
+    ]
+    feed_forward = [(name, m) for name, m in maps if _last(_FEED_FORWARD, name) > _last(_ATTENTION, name)]
+    if not maps:
+        raise UnsupportedBackboneError(f"{type(block).__name__}: expected a block with linear maps, found none.")
+    return feed_forward or maps
+
+
+def _last(pattern: re.Pattern[str], name: str) -> int:
+    return max((match.start() for match in pattern.finditer(name)), default=-1)
+
+
+def output_linear(block: nn.Module) -> nn.Module:
+    """The last linear map of a block's feed-forward network, whose output width is the block's own."""
+    return _feed_forward_maps(block)[-1][1]
+
+
+def block_width(block: nn.Module) -> int:
+    """Channels of a block's output tokens."""
+    maps = _feed_forward_maps(block)
+    if any("expert" in name for name, _ in maps):
+        # The experts of a mixture write a part of the channels each, but read all of them.
+        return _size(maps[0][1], "in_features", "in_channels")
+    return _size(maps[-1][1], "out_features", "out_channels")
+
+
+def _size(module: nn.Module, *names: str) -> int:
+    return next(int(getattr(module, name)) for name in names if hasattr(module, name))
+
+
+def _learnt_tokens(tower: Tower) -> dict[str, int]:
+    """How many tokens each token-like parameter outside the blocks adds at most, by parameter name."""
+    inside = tuple(name + "." for name in tower.blocks)
+    counts = {}
+    for name, parameter in tower.root.named_parameters():
+        parts = name.split(".")
+        own = parts[-1] if parts[-1] != "weight" else ".".join(parts[-2:-1])
+        if name.startswith(inside) or not _EXTRA_TOKEN.fullmatch(own) or _NOT_EXTRA_TOKEN.search(own):
+            continue
+        counts[name] = 1 if parameter.ndim == 1 else int(parameter.shape[-2])
+    return counts
+
+
+def max_extra_tokens(tower: Tower) -> int:
+    """The most tokens besides patches that a sequence of this tower can hold."""
+    return max(sum(_learnt_tokens(tower).values()), num_prefix_tokens(tower))
+
+
+def num_prefix_tokens(tower: Tower) -> int:
+    """Class, distillation and register tokens that stand before the patches, as the model declares them."""
+    for module in tower.root.modules():
+        declared = getattr(module, "num_prefix_tokens", None)
+        if isinstance(declared, int):
+            return declared
+    trailing = _trailing_name(tower)
+    names = _learnt_tokens(tower)
+    return sum(n for name, n in names.items() if _PREFIX_TOKEN.search(name.split(".")[-1]) and trailing not in name)
+
+
+def _trailing_name(tower: Tower) -> str:
+    return TRAILING.get(type(tower.root).__name__, "\0")
+
+
+def token_orders(tower: Tower) -> list[Order]:
+    """How each block orders its sequence of tokens."""
+    trailing = sum(n for name, n in _learnt_tokens(tower).items() if _trailing_name(tower) in name)
+    owner = next((module for module in tower.root.modules() if hasattr(module, "reroll")), None)
+    if owner is not None:
+        stages = [int(re.findall(r"\d+", name)[0]) for name in tower.blocks]
+        return [MaskUnitOrder(owner, stage) for stage in stages]
+    config = getattr(tower.root, "config", None)
+    side = getattr(config, "num_windows_side", None) or getattr(config, "num_windows", None)
+    if isinstance(side, int) and side > 1:
+        return [WindowOrder(side, num_prefix_tokens(tower)) for _ in tower.blocks]
+    return [RasterOrder(num_prefix_tokens(tower), trailing) for _ in tower.blocks]
+
+
+def patch_size(tower: Tower) -> tuple[int, int] | None:
+    """Height and width of a patch in pixels, as the model declares it; None if it does not."""
+    config = getattr(tower.root, "config", None)
+    for source in [*tower.root.modules(), config]:
+        ratio = getattr(source, "feat_ratio", None)
+        size = ratio() if callable(ratio) else getattr(source, "patch_size", None)
+        if isinstance(size, int):
+            return size, size
+        if isinstance(size, (tuple, list)) and len(size) == 2:
+            return int(size[0]), int(size[1])
+    return None
+
+
+@torch.no_grad()
+def fingerprint(tower: Tower) -> list[float]:
+    """One number a block that tells a backbone's weights: the norm of every eighth row of its last linear map.
+
+    The same for every library's form of the same weights, and nearly so in another precision.
+    """
+    norms = []
+    for block in tower.modules():
+        weight: Any = output_linear(block).weight
+        rows = weight.dequantize() if weight.is_quantized else weight
+        norms.append(float(rows[::8].detach().float().norm()))
+    return [float(f"{norm:.6g}") for norm in norms]
+
+
+def describe(tower: Tower) -> dict[str, Any]:
+    """JSON-ready facts about a backbone, as an adapter's `config.json` keeps them."""
+    root = tower.root
+    widths = [block_width(block) for block in tower.modules()]
+    size = patch_size(tower)
+    return {
+        "library": type(root).__module__.partition(".")[0],
+        "architecture": type(root).__name__,
+        "base_model": _hub_id(root),
+        "depth": len(widths),
+        "embed_dim": widths[0] if len(set(widths)) == 1 else widths,
+        "patch_size": None if size is None else list(size),
+        "num_prefix_tokens": num_prefix_tokens(tower),
+        "fingerprint": fingerprint(tower),
+    }
+
+
+def _hub_id(root: nn.Module) -> str | None:
+    """The Hub repository that the backbone says it came from; never a local path."""
+    cfg = getattr(root, "pretrained_cfg", None) or {}
+    name = cfg.get("hf_hub_id") if isinstance(cfg, dict) else None
+    if name == "timm/":
+        name = f"timm/{cfg.get('architecture')}.{cfg.get('tag')}"
+    name = name or getattr(getattr(root, "config", None), "name_or_path", None) or ""
+    return name if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not os.path.exists(name) else None

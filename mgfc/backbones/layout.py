@@ -1,0 +1,190 @@
+"""How a block's output holds its patch tokens, and how to put refined ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mgfc.backbones.grid import Grid, GridTracker
+
+
+class RasterOrder:
+    """Patches stand in raster order between leading and trailing extra tokens: the rule.
+
+    Args:
+        leading: learnt tokens before the patches; used only where there is no grid to count the patches by.
+        trailing: learnt tokens after the patches.
+    """
+
+    def __init__(self, leading: int, trailing: int = 0) -> None:
+        self.leading = leading
+        self.trailing = trailing
+
+    def view(self, tokens: Tensor, grid: Grid | None) -> PatchView:
+        """Splits (B, N, C) into patches and extra tokens."""
+        num_tokens = tokens.shape[1]
+        leading = self.leading if grid is None else num_tokens - grid[0] * grid[1] - self.trailing
+        patches = tokens[:, leading : num_tokens - self.trailing]
+        return PatchView(patches, grid, leading, self.trailing)
+
+
+class MaskUnitOrder:
+    """Hiera: patches are grouped by mask unit; the model's own `reroll` tells where each belongs.
+
+    Args:
+        owner: the module that has `reroll`.
+        stage: its second argument for this block.
+    """
+
+    def __init__(self, owner: nn.Module, stage: int) -> None:
+        self.owner: Any = owner
+        self.stage = stage
+
+    def view(self, tokens: Tensor, grid: Grid | None) -> PatchView:
+        """Brings (B, N, C) into raster order; masked input has no grid and stays as it is."""
+        num_tokens = tokens.shape[1]
+        size = self._size()
+        if size[0] * size[1] != num_tokens:
+            return PatchView(tokens, None)
+        places = torch.arange(num_tokens, device=tokens.device).view(1, -1, 1)
+        order = self.owner.reroll(places, self.stage)
+        height, width = order.shape[1:3]
+        return PatchView(tokens[:, order.flatten()], (height, width), inverse=order.flatten().argsort())
+
+    def _size(self) -> Grid:
+        schedule = getattr(self.owner.reroll, "schedule", None) or self.owner.schedule
+        height, width = schedule[self.stage][1]
+        return height, width
+
+
+class WindowOrder:
+    """LW-DETR and RF-DETR: each image is split into `side` x `side` windows along the batch axis.
+
+    Args:
+        side: windows along each axis of an image.
+        leading: extra tokens before the patches of each window.
+    """
+
+    def __init__(self, side: int, leading: int) -> None:
+        self.side = side
+        self.leading = leading
+
+    def view(self, tokens: Tensor, grid: Grid | None) -> PatchView:
+        """Joins the windows of each image into one raster: (B*side*side, extra + n, C) -> (B, h*w, C)."""
+        if grid is None:
+            return PatchView(tokens, None)
+        windows, _, dim = tokens.shape
+        height, width = grid[0] // self.side, grid[1] // self.side
+        patches = tokens[:, self.leading :].reshape(-1, self.side, self.side, height, width, dim)
+        patches = patches.transpose(2, 3).reshape(windows // self.side**2, -1, dim)
+        return PatchView(patches, grid, self.leading, windows_side=self.side)
+
+
+Order = RasterOrder | MaskUnitOrder | WindowOrder
+
+
+@dataclass(frozen=True)
+class PatchView:
+    """The patch tokens of a block's output.
+
+    Args:
+        patches: (B, N, C), in raster order if there is a grid.
+        grid: (h, w) with h*w = N, or None.
+        leading: extra tokens before the patches.
+        trailing: extra tokens after the patches.
+        map_shape: True if the block's tensor is a map, (B, h, w, C) or (B, C, h, w).
+        channels_first: True for (B, C, h, w).
+        inverse: (N,) where each token of the block stands in `patches`, if not at its own place.
+        windows_side: windows along each axis, if the block's batch axis holds windows; 0 otherwise.
+    """
+
+    patches: Tensor
+    grid: Grid | None
+    leading: int = 0
+    trailing: int = 0
+    map_shape: bool = False
+    channels_first: bool = False
+    inverse: Tensor | None = None
+    windows_side: int = 0
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Gives (B, N, r) the block's own places, channels last, with zeros for the extra tokens."""
+        if self.map_shape:
+            assert self.grid is not None
+            return values.reshape(len(values), *self.grid, values.shape[-1])
+        if self.inverse is not None:
+            values = values[:, self.inverse]
+        if self.windows_side:
+            assert self.grid is not None
+            side, dim = self.windows_side, values.shape[-1]
+            height, width = self.grid[0] // side, self.grid[1] // side
+            values = values.reshape(-1, side, height, side, width, dim).transpose(2, 3)
+            values = values.reshape(-1, height * width, dim)
+        if self.leading or self.trailing:
+            values = F.pad(values, (0, 0, self.leading, self.trailing))
+        return values
+
+    def like_block(self, values: Tensor) -> Tensor:
+        """Moves the channels of a scattered tensor to where the block has them."""
+        return values.permute(0, 3, 1, 2) if self.channels_first else values
+
+
+def view_patches(
+    tensor: Tensor, dim: int, order: Order, tracker: GridTracker, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> PatchView:
+    """Finds the patches in a block's output tensor.
+
+    Args:
+        tensor: (B, N, C), (B, h, w, C) or (B, C, h, w).
+        dim: the expected C.
+        order: how sequences of this block are ordered.
+        tracker: the tower's grid tracker.
+        args: positional ones of the block's call.
+        kwargs: its keyword ones.
+        output: its result.
+
+    Raises:
+        ValueError: if the tensor is none of these.
+    """
+    if tensor.ndim == 4 and dim in (tensor.shape[1], tensor.shape[3]):
+        channels_first = tensor.shape[3] != dim
+        maps = tensor.permute(0, 2, 3, 1) if channels_first else tensor
+        grid = (maps.shape[1], maps.shape[2])
+        return PatchView(maps.flatten(1, 2), grid, map_shape=True, channels_first=channels_first)
+    if tensor.ndim == 3 and tensor.shape[2] == dim:
+        num_tokens = tensor.shape[1]
+        if isinstance(order, WindowOrder):
+            num_tokens = (num_tokens - order.leading) * order.side**2
+        return order.view(tensor, tracker.resolve(args, kwargs, output, num_tokens))
+    raise ValueError(f"expected (B, N, {dim}), (B, h, w, {dim}) or (B, {dim}, h, w), found {tuple(tensor.shape)}")
+
+
+def pick_tensor(output: Any) -> Tensor | None:
+    """The tensor of tokens in a block's output: the output itself, or the first of its items that can be tokens."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, (tuple, list)):
+        return next((item for item in output if isinstance(item, Tensor) and item.is_floating_point() and item.ndim > 2), None)
+    return None
+
+
+def put_tensor(output: Any, old: Tensor, new: Tensor) -> Any:
+    """The output with `new` in place of `old`, in a container of the same type."""
+    if isinstance(output, Tensor):
+        return new
+    items = [new if item is old else item for item in output]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+def padding(args: tuple[Any, ...], kwargs: Mapping[str, Any], num_tokens: int) -> Tensor | None:
+    """Which tokens of a padded batch are real, (B, N) bool, read from the attention mask of a block's call."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == 1 and value.shape[3] == num_tokens:
+            allowed = value if value.dtype == torch.bool else value > torch.finfo(value.dtype).min / 2
+            return allowed.any(dim=2).squeeze(1)
+    return None

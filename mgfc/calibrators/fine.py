@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FineCalib(nn.Module):
+    """High-frequency spatial detail: a gated depth-wise high-pass over the patch grid.
+
+    With patch tokens Z on an h x w grid:
+
+        Z <- Z + g * sigmoid(Z W) * HP(Z)
+
+    HP is a depth-wise convolution, at first the identity minus a box blur. Borders are replicated, so a constant map has
+    zero response everywhere at initialisation. The per-channel gate g is 0 at initialisation: the module starts as the
+    identity. Source: `docs/concepts.md`, "Fine".
+
+    Args:
+        dim: channels C of the tokens.
+        kernel_size: odd side of the kernel, in patches.
+
+    Example:
+        >>> FineCalib(64)(torch.randn(2, 6 * 9, 64), (6, 9)).shape
+        torch.Size([2, 54, 64])
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        kernel = torch.full((dim, 1, kernel_size, kernel_size), -1 / kernel_size**2)
+        kernel[..., kernel_size // 2, kernel_size // 2] += 1
+        self.kernel = nn.Parameter(kernel)
+        self.select = nn.Linear(dim, dim)
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def high_pass(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """HP(Z): (B, h*w, C) -> (B, h*w, C)."""
+        batch, _, dim = tokens.shape
+        pad = self.kernel.shape[-1] // 2
+        maps = F.pad(tokens.mT.reshape(batch, dim, *grid), (pad, pad, pad, pad), mode="replicate")
+        return F.conv2d(maps, self.kernel, groups=dim).flatten(2).mT
+
+    def add(self, tokens: Tensor, detail: Tensor) -> Tensor:
+        """Adds the detail where the patch asks for it: (B, N, C), (B, N, C) -> (B, N, C)."""
+        share: Tensor = self.select(tokens).sigmoid()
+        return tokens + self.gate * share * detail
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Refines patch tokens.
+
+        Args:
+            tokens: (B, h*w, C) in raster order.
+            grid: (h, w) in patches.
+
+        Returns:
+            (B, h*w, C).
+        """
+        return self.add(tokens, self.high_pass(tokens, grid))

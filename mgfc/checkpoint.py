@@ -1,0 +1,325 @@
+"""Adapters as files: what is written, what must match, and how a save survives a crash.
+
+A directory holds `config.json`, `model.safetensors`, optionally `head.safetensors`, and `README.md`. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mgfc
+from mgfc.backbones.description import describe
+from mgfc.backbones.detection import Tower
+from mgfc.calibration import Calibration
+from mgfc.config import MGFCConfig
+from mgfc.errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, ConfigError
+from mgfc.heads import SegmentationHead
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
+_INCOMING = ".incoming"
+_MAX_CONFIG_BYTES = 1 << 20
+_MUST_MATCH = ("depth", "embed_dim", "patch_size", "num_prefix_tokens")
+_FINGERPRINT_TOLERANCE = 0.01
+
+Locate = Callable[[str], Path]
+
+
+def save_pretrained(
+    calibration: Calibration,
+    directory: str | os.PathLike[str],
+    *,
+    head: nn.Module | None = None,
+    training: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    license: str = "apache-2.0",
+) -> None:
+    """Writes an adapter into a directory.
+
+    The save is atomic: whatever interrupts it, a reader finds the files of before or those of now. Other files in the
+    directory stay; so does a model card that was edited (one without the mark that generated cards carry).
+
+    Args:
+        calibration: of a wrapped backbone.
+        directory: made if missing.
+        head: a segmentation head to keep beside the adapter.
+        training: JSON-ready notes on how it was trained; "metrics" (a dict of figures) and "datasets" (a list of names)
+            also go into the model card.
+        base_model: Hub id of the backbone; None to read it from the backbone.
+        license: of the adapter, as a Hub identifier.
+
+    Raises:
+        ConfigError: if `training` cannot be written as JSON.
+    """
+    from mgfc.hub import model_card
+
+    backbone = describe(calibration.tower)
+    if base_model is not None:
+        backbone["base_model"] = base_model
+    content: dict[str, Any] = {
+        "library_name": "mgfc",
+        "format_version": FORMAT_VERSION,
+        "mgfc_version": mgfc.__version__,
+        "calibration": calibration.config.to_dict(),
+        "backbone": backbone,
+        "head": None if head is None else {"class": type(head).__name__, "arguments": getattr(head, "arguments", None)},
+        "training": dict(training or {}),
+        "license": license,
+    }
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training: expected notes that JSON can hold, found otherwise ({error}).") from None
+    files: dict[str, bytes | nn.Module | None] = {CONFIG: text.encode(), WEIGHTS: calibration, HEAD: head}
+    if not _has_edited_card(Path(directory)):
+        files[CARD] = model_card(content, calibration.num_parameters).encode()
+    _write_together(Path(directory), files)
+
+
+def _has_edited_card(directory: Path) -> bool:
+    from mgfc.hub import CARD_MARK
+
+    card = directory / CARD
+    return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _write_together(directory: Path, files: Mapping[str, bytes | nn.Module | None]) -> None:
+    """Writes files beside their places, commits all of them by one rename, then moves them to their places.
+
+    From the rename on a reader looks into `.incoming` first; a file that is None is removed.
+    """
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    _finish(directory)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        for name, content in files.items():
+            path = staging / name
+            if isinstance(content, nn.Module):
+                tensors = {key: value.detach().contiguous() for key, value in content.state_dict().items()}
+                save_file(tensors, path, metadata={"format": "pt"})
+            elif content is not None:
+                path.write_bytes(content)
+            if content is not None:
+                _sync(path)
+        os.replace(staging, directory / _INCOMING)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    _sync(directory)
+    _finish(directory)
+    for name, content in files.items():
+        if content is None:
+            (directory / name).unlink(missing_ok=True)
+
+
+def _finish(directory: Path) -> None:
+    """Moves committed files to their places, also those of a save that was interrupted there."""
+    incoming = directory / _INCOMING
+    if incoming.is_dir():
+        for path in incoming.iterdir():
+            os.replace(path, directory / path.name)
+        incoming.rmdir()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def locate(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Locate:
+    """How to reach the files of an adapter: in a directory, without any network, or in a Hub repository.
+
+    Raises:
+        AdapterNotFoundError: if the source is neither, or the repository cannot be reached.
+    """
+    text = os.fspath(source)
+    path = Path(text.removeprefix("local-dir:")).expanduser()
+    if path.is_dir():
+        return lambda name: _local_file(path, name)
+    if path.exists():
+        raise AdapterNotFoundError(f"{text}: expected the directory of an adapter, found a file. Give its directory.")
+    if text.startswith("local-dir:") or not isinstance(source, str) or path.is_absolute() or text.startswith((".", "~")):
+        raise AdapterNotFoundError(f"{text}: expected the directory of an adapter, found none.")
+    from mgfc.hub import locate as locate_on_hub
+
+    return locate_on_hub(
+        text.removeprefix("hf-hub:"),
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+
+
+def _local_file(directory: Path, name: str) -> Path:
+    for path in (directory / _INCOMING / name, directory / name):
+        if path.is_file():
+            return path
+    raise AdapterNotFoundError(
+        f"{directory}: expected a file {name}, found none. An adapter's directory is what save_pretrained writes."
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads and checks an adapter's `config.json`.
+
+    Raises:
+        AdapterFileError: if it is damaged, oversized or of a format from the future.
+    """
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise AdapterFileError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, found {path.stat().st_size}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterFileError(f"{path}: expected JSON, found a damaged file ({error}). Fetch or save it again.") from None
+    if not isinstance(content, dict) or content.get("library_name") != "mgfc":
+        raise AdapterFileError(
+            f'{path}: expected the configuration of an mgfc adapter ("library_name": "mgfc"), found another.'
+        )
+    version = content.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{path}: expected format version {FORMAT_VERSION} or older, found {version!r}, written by mgfc "
+            f"{content.get('mgfc_version')}. Upgrade mgfc."
+        )
+    missing = [key for key in ("calibration", "backbone") if not isinstance(content.get(key), dict)]
+    if missing:
+        raise AdapterFileError(f"{path}: expected an entry {missing[0]!r}, found none. Fetch or save it again.")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        AdapterFileError: if it is damaged, truncated or longer than its header says.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path}: expected {path.name} in safetensors format, found a damaged file of {path.stat().st_size} bytes "
+            f"({error}). Fetch or save it again."
+        ) from None
+
+
+def load(tower: Tower, source: str | os.PathLike[str], **hub_options: Any) -> Calibration:
+    """Builds the calibration that a saved adapter holds, for a backbone that stays untouched.
+
+    Args:
+        tower: the backbone.
+        source: a directory or a Hub repository.
+        **hub_options: as in `locate`.
+
+    Raises:
+        AdapterNotFoundError: if the adapter cannot be reached.
+        AdapterFileError: if a file is damaged.
+        AdapterMismatchError: if it was made for another backbone.
+    """
+    find = locate(source, **hub_options)
+    config_path = find(CONFIG)
+    content = read_config(config_path)
+    found = describe(tower)
+    _compare_backbones(content["backbone"], found, os.fspath(source))
+    try:
+        config = MGFCConfig.from_dict(content["calibration"])
+    except ConfigError as error:
+        raise AdapterFileError(f"{config_path}: {error}") from None
+    tensors = read_tensors(find(WEIGHTS))
+    with torch.device("meta"):
+        calibration = Calibration(tower, config)
+    _load_strictly(calibration, tensors, os.fspath(source))
+    _compare_fingerprints(content["backbone"].get("fingerprint"), found["fingerprint"], os.fspath(source))
+    return calibration
+
+
+def load_head(source: str | os.PathLike[str], head: nn.Module | None = None, **hub_options: Any) -> nn.Module:
+    """Loads the segmentation head that was saved beside an adapter.
+
+    Args:
+        source: a directory or a Hub repository.
+        head: a module of your own to load it into; None for a saved `SegmentationHead`.
+        **hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, as in `wrap_backbone`.
+
+    Raises:
+        AdapterNotFoundError: if it cannot be reached or there is no head.
+        AdapterFileError: if a file is damaged.
+        AdapterMismatchError: if `head` has other parameters.
+    """
+    find = locate(source, **hub_options)
+    described = read_config(find(CONFIG)).get("head")
+    if not isinstance(described, dict):
+        raise AdapterNotFoundError(f"{os.fspath(source)}: expected a saved head, found an adapter without one.")
+    if head is None:
+        if described.get("class") != "SegmentationHead":
+            raise AdapterMismatchError(
+                f"{os.fspath(source)}: expected a SegmentationHead, found a head of class {described.get('class')}. "
+                "Build that module yourself and pass it as `head`."
+            )
+        try:
+            head = SegmentationHead(**described["arguments"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise AdapterFileError(f"{os.fspath(source)}: expected the arguments of a SegmentationHead ({error}).") from None
+    _load_strictly(head, read_tensors(find(HEAD)), os.fspath(source))
+    return head
+
+
+def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    own = module.state_dict()
+    problems = [f"{key}: expected none, found one in the file" for key in tensors if key not in own]
+    problems += [f"{key}: expected in the file, found none" for key in own if key not in tensors]
+    problems += [
+        f"{key}: expected shape {tuple(own[key].shape)}, found {tuple(tensors[key].shape)}"
+        for key in own
+        if key in tensors and own[key].shape != tensors[key].shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise AdapterMismatchError(f"{source}: tensors and configuration disagree. {problems[0]}{more}.")
+    module.load_state_dict(tensors, assign=True)
+
+
+def _compare_backbones(expected: Mapping[str, Any], found: Mapping[str, Any], source: str) -> None:
+    differ = [key for key in _MUST_MATCH if None not in (expected.get(key), found[key]) and expected.get(key) != found[key]]
+    if differ:
+        fields = "; ".join(f"{key}: expected {expected[key]}, found {found[key]}" for key in differ)
+        raise AdapterMismatchError(
+            f"{source} was made for {expected.get('architecture')} ({expected.get('base_model') or 'weights of unknown name'}) "
+            f"and does not fit this {found['architecture']}. {fields}. Load the backbone that it was made for."
+        )
+
+
+def _compare_fingerprints(expected: object, found: list[float], source: str) -> None:
+    if not isinstance(expected, list) or len(expected) != len(found):
+        return
+    apart = [abs(a - b) > _FINGERPRINT_TOLERANCE * max(abs(a), 1e-12) for a, b in zip(expected, found, strict=True)]
+    if any(apart):
+        warnings.warn(
+            f"{source} was trained on a backbone of the same shape but other weights: {sum(apart)} of {len(apart)} blocks "
+            "differ. Its calibrators will probably do harm; load the weights that its config.json names.",
+            stacklevel=4,
+        )

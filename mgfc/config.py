@@ -1,0 +1,217 @@
+"""What a calibration consists of: four frozen dataclasses, strict in both directions of their dict form."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from mgfc.errors import ConfigError
+
+Layers = str | tuple[int, ...]
+C = TypeVar("C", bound="_Config")
+
+
+def _expect(condition: bool, where: str, expected: str, found: object) -> None:
+    if not condition:
+        raise ConfigError(f"{where}: expected {expected}, found {found!r}.")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class _Config:
+    """Validation and the dict form that all four share."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict: nested configurations as dicts, tuples as lists."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in _as_items(self)}
+
+    @classmethod
+    def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
+        """The inverse of `to_dict`; missing keys take their defaults.
+
+        Raises:
+            ConfigError: on an unknown key, a wrong type or an impossible value.
+        """
+        _expect(isinstance(values, Mapping), cls.__name__, "a mapping of its fields", values)
+        known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"{cls.__name__}: unknown key {unknown[0]!r}; it has {', '.join(known)}. "
+                "Remove the key, or upgrade mgfc if a newer version wrote it."
+            )
+        stages = _stage_classes() if cls is MGFCConfig else {}
+        decoded = {}
+        for key, value in values.items():
+            if key in stages and value is not None:
+                value = stages[key].from_dict(value)
+            decoded[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**decoded)
+
+    def _check_layers(self, layers: Layers) -> None:
+        where = f"{type(self).__name__}.layers"
+        if isinstance(layers, str):
+            kind, _, count = layers.partition(":")
+            valid = layers == "all" or (kind in ("first", "last") and count.isdecimal() and int(count) > 0)
+            _expect(valid, where, '"all", "first:n", "last:n" or a tuple of block indices', layers)
+        else:
+            valid = isinstance(layers, tuple) and len(layers) > 0 and all(_is_int(i) for i in layers)
+            _expect(valid, where, '"all", "first:n", "last:n" or a tuple of block indices', layers)
+
+    def _check_weight(self, weight: float) -> None:
+        where = f"{type(self).__name__}.loss_weight"
+        _expect(_is_number(weight) and weight >= 0, where, "a finite number >= 0", weight)
+
+
+def _as_items(config: _Config) -> list[tuple[str, Any]]:
+    items = []
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        items.append((field.name, value.to_dict() if isinstance(value, _Config) else value))
+    return items
+
+
+@dataclass(frozen=True)
+class CoarseConfig(_Config):
+    """The coarse stage: scene tokens that gather the image's context (see `CoarseCalib`).
+
+    Args:
+        num_tokens: scene tokens m of each block.
+        layers: blocks that have this stage: "all", "first:n", "last:n" or block indices (negative ones count from the end).
+        loss_weight: weight of the loss on which categories the scene holds; 0 turns it off.
+    """
+
+    num_tokens: int = 8
+    layers: Layers = "all"
+    loss_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        _expect(_is_int(self.num_tokens) and self.num_tokens > 0, "CoarseConfig.num_tokens", "an int > 0", self.num_tokens)
+        self._check_layers(self.layers)
+        self._check_weight(self.loss_weight)
+
+
+@dataclass(frozen=True)
+class MediumConfig(_Config):
+    """The medium stage: category prototypes shared by all blocks (see `MediumCalib`).
+
+    Args:
+        num_prototypes: prototypes K.
+        temperature: tau of the softmax over cosine similarities.
+        layers: blocks that have this stage, as in `CoarseConfig`.
+        loss_weight: weight of the loss on each patch's category mix and the prototypes' separation; 0 turns it off.
+    """
+
+    num_prototypes: int = 32
+    temperature: float = 0.1
+    layers: Layers = "all"
+    loss_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        valid = _is_int(self.num_prototypes) and self.num_prototypes > 0
+        _expect(valid, "MediumConfig.num_prototypes", "an int > 0", self.num_prototypes)
+        valid = _is_number(self.temperature) and self.temperature > 0
+        _expect(valid, "MediumConfig.temperature", "a finite number > 0", self.temperature)
+        self._check_layers(self.layers)
+        self._check_weight(self.loss_weight)
+
+
+@dataclass(frozen=True)
+class FineConfig(_Config):
+    """The fine stage: gated depth-wise high-pass (see `FineCalib`).
+
+    Args:
+        kernel_size: odd side of the high-pass kernel, in patches.
+        layers: blocks that have this stage, as in `CoarseConfig`.
+        loss_weight: weight of the loss on the boundary map; 0 turns it off.
+    """
+
+    kernel_size: int = 3
+    layers: Layers = "all"
+    loss_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        valid = _is_int(self.kernel_size) and self.kernel_size > 1 and self.kernel_size % 2 == 1
+        _expect(valid, "FineConfig.kernel_size", "an odd int > 1", self.kernel_size)
+        self._check_layers(self.layers)
+        self._check_weight(self.loss_weight)
+
+
+@dataclass(frozen=True)
+class MGFCConfig(_Config):
+    """The calibrators of one backbone.
+
+    Args:
+        rank: bottleneck width r; at most the width of the narrowest calibrated block.
+        layers: blocks that get a calibrator: "all", "first:n", "last:n" or block indices (negative ones count from the end).
+        coarse: the coarse stage, or None to leave it out.
+        medium: the medium stage, or None to leave it out.
+        fine: the fine stage, or None to leave it out.
+        num_classes: categories of the labels; needed once a stage's `loss_weight` is above 0.
+
+    Raises:
+        ConfigError: on a wrong type or an impossible value.
+
+    Example:
+        >>> MGFCConfig(rank=32, fine=None).to_dict()["fine"] is None
+        True
+    """
+
+    rank: int = 48
+    layers: Layers = "all"
+    coarse: CoarseConfig | None = CoarseConfig()
+    medium: MediumConfig | None = MediumConfig()
+    fine: FineConfig | None = FineConfig()
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        _expect(_is_int(self.rank) and self.rank > 0, "MGFCConfig.rank", "an int > 0", self.rank)
+        self._check_layers(self.layers)
+        for name, stage_class in _stage_classes().items():
+            stage = getattr(self, name)
+            valid = stage is None or isinstance(stage, stage_class)
+            _expect(valid, f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
+        valid = self.num_classes is None or (_is_int(self.num_classes) and self.num_classes > 0)
+        _expect(valid, "MGFCConfig.num_classes", "an int > 0 or None", self.num_classes)
+        if self.loss_weights:
+            expected = "the number of label categories, since a loss_weight is above 0"
+            _expect(self.num_classes is not None, "MGFCConfig.num_classes", expected, None)
+        if self.medium is not None and self.medium.loss_weight > 0:
+            expected = f"at least num_classes={self.num_classes}: one prototype a category"
+            enough = self.medium.num_prototypes >= typing.cast(int, self.num_classes)
+            _expect(enough, "MediumConfig.num_prototypes", expected, self.medium.num_prototypes)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weights above 0, by granularity."""
+        stages = {"coarse": self.coarse, "medium": self.medium, "fine": self.fine}
+        return {name: stage.loss_weight for name, stage in stages.items() if stage is not None and stage.loss_weight > 0}
+
+
+def _stage_classes() -> dict[str, type[_Config]]:
+    return {"coarse": CoarseConfig, "medium": MediumConfig, "fine": FineConfig}
+
+
+def select_layers(layers: Layers, depth: int, where: str) -> tuple[int, ...]:
+    """The block indices that a `layers` value names, ascending, for a backbone of `depth` blocks.
+
+    Raises:
+        ConfigError: if it names a block that the backbone does not have.
+    """
+    if layers == "all":
+        return tuple(range(depth))
+    if isinstance(layers, str):
+        kind, _, count = layers.partition(":")
+        _expect(int(count) <= depth, where, f"at most the backbone's {depth} blocks", layers)
+        return tuple(range(int(count))) if kind == "first" else tuple(range(depth - int(count), depth))
+    _expect(all(-depth <= i < depth for i in layers), where, f"block indices of a backbone of {depth} blocks", layers)
+    return tuple(sorted({i % depth for i in layers}))

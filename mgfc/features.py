@@ -1,0 +1,118 @@
+"""Feature maps of chosen blocks, from any supported backbone, wrapped or bare."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mgfc.backbones.description import block_width, max_extra_tokens, token_orders
+from mgfc.backbones.detection import find_tower
+from mgfc.backbones.grid import GridTracker, stem_hooks
+from mgfc.backbones.layout import pick_tensor, view_patches
+from mgfc.calibration import is_recomputing
+from mgfc.errors import CalibrationError, ConfigError
+
+
+class FeatureMaps(nn.Module):
+    """Runs a backbone and returns what leaves chosen blocks as maps, ready for any segmentation head.
+
+    The backbone may be wrapped before or after; its calibrators' refinement is in the maps. No final norm is applied.
+
+    Args:
+        backbone: a timm or Transformers vision transformer, or a host of one.
+        out_indices: blocks to return, in order; negative ones count from the end.
+        scales: per map a factor for its height and width, e.g. (4, 2, 1, 0.5) for the pyramid that convolutional
+            decoders expect; None to leave them as they are.
+        blocks: as in `wrap_backbone`.
+
+    Attributes:
+        channels: channels of each map.
+
+    Raises:
+        UnsupportedBackboneError: if there is no vision transformer in `backbone`.
+        ConfigError: if an index or the number of scales does not fit.
+
+    Example:
+        >>> import timm, torch
+        >>> vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True)
+        >>> [tuple(m.shape) for m in FeatureMaps(vit, (5, 11), scales=(2, 1))(torch.randn(1, 3, 96, 64))]
+        [(1, 192, 12, 8), (1, 192, 6, 4)]
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        out_indices: Sequence[int],
+        scales: Sequence[float] | None = None,
+        *,
+        blocks: str | Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        tower = find_tower(backbone, blocks)
+        depth = len(tower.blocks)
+        if not out_indices or not all(-depth <= index < depth for index in out_indices):
+            raise ConfigError(f"out_indices: expected block indices of a backbone of {depth} blocks, found {out_indices!r}.")
+        if scales is not None and len(scales) != len(out_indices):
+            raise ConfigError(f"scales: expected one for each of {len(out_indices)} maps, found {len(scales)}.")
+        self.backbone = tower.root
+        self.out_indices = tuple(index % depth for index in out_indices)
+        self.scales = None if scales is None else tuple(scales)
+        modules = tower.modules()
+        self.channels = [block_width(modules[index]) for index in self.out_indices]
+        self._orders = token_orders(tower)
+        self._tracker = GridTracker(max_extra_tokens(tower))
+        self._maps: dict[int, Tensor] | None = None
+        stem_hooks(tower.root, tower.blocks, self._tracker)
+        for index in sorted(set(self.out_indices)):
+            modules[index].register_forward_hook(functools.partial(self._capture, index), with_kwargs=True)
+        parameters = inspect.signature(tower.root.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+
+    def _capture(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        tensor = pick_tensor(output)
+        if tensor is None:
+            return
+        dim = self.channels[self.out_indices.index(index)]
+        view = view_patches(tensor, dim, self._orders[index], self._tracker, args, kwargs, output)
+        # Conditional work would make a checkpoint's recomputation differ from its forward, so only the storing is.
+        if self._maps is not None and view.grid is not None and not is_recomputing():
+            self._maps[index] = view.patches.mT.reshape(len(tensor), dim, *view.grid)
+
+    def forward(self, images: Tensor, **kwargs: Any) -> list[Tensor]:
+        """Runs the backbone.
+
+        Args:
+            images: (B, 3, H, W).
+            **kwargs: passed on to the backbone.
+
+        Returns:
+            One (B, C, h, w) map for each of `out_indices`.
+
+        Raises:
+            CalibrationError: if a block was not called or its patches have no grid.
+        """
+        self._maps = {}
+        try:
+            run = getattr(self.backbone, "forward_features", self.backbone)
+            run(images, **{**self._options, **kwargs})
+            found = self._maps
+        finally:
+            self._maps = None
+        missing = [index for index in self.out_indices if index not in found]
+        if missing:
+            raise CalibrationError(
+                f"{type(self.backbone).__name__}: expected a map from block {missing[0]}, found that it was not called or "
+                "that its patches have no grid (masked or padded input)."
+            )
+        maps = [found[index] for index in self.out_indices]
+        if self.scales is None:
+            return maps
+        return [
+            item if scale == 1 else F.interpolate(item, scale_factor=scale, mode="bilinear", align_corners=False)
+            for item, scale in zip(maps, self.scales, strict=True)
+        ]

@@ -1,0 +1,108 @@
+"""The hierarchical losses, one per granularity. Labels may have any resolution. Source: `docs/concepts.md`, "Losses"."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mgfc.errors import LabelError
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int) -> None:
+    """Raises `LabelError` unless labels are (batch, H, W) integers in [0, num_classes) or `ignore_index`."""
+    if not isinstance(labels, Tensor) or labels.ndim != 3 or labels.shape[0] != batch:
+        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise LabelError(
+            f"Labels: expected shape ({batch}, H, W), one class id a pixel for each image of the last forward, found {found}."
+        )
+    if labels.dtype not in _INTEGERS:
+        raise LabelError(f"Labels: expected integers, found {labels.dtype}. Convert them, e.g. labels.long().")
+    valid = labels[labels != ignore_index]
+    if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < num_classes:
+        raise LabelError(
+            f"Labels: expected class ids from 0 to {num_classes - 1} or ignore_index={ignore_index}, "
+            f"found {int(valid.min())} to {int(valid.max())}. Set num_classes or ignore_index to what the labels hold."
+        )
+
+
+def label_mix(labels: Tensor, grid: tuple[int, int], num_classes: int, ignore_index: int = 255) -> Tensor:
+    """The share of each class in each patch.
+
+    Args:
+        labels: (B, H, W) class ids.
+        grid: (h, w) in patches.
+        num_classes: K.
+        ignore_index: id of pixels that do not count.
+
+    Returns:
+        (B, h*w, K); rows sum to 1, or to 0 where no pixel counts.
+    """
+    valid = labels != ignore_index
+    one_hot = F.one_hot(labels.long().where(valid, 0), num_classes) * valid.unsqueeze(-1)
+    counts = F.adaptive_avg_pool2d(one_hot.permute(0, 3, 1, 2).float(), grid).flatten(2).mT
+    return counts / counts.sum(dim=-1, keepdim=True).clamp_min(1e-6)
+
+
+def label_boundaries(labels: Tensor, grid: tuple[int, int], ignore_index: int = 255) -> Tensor:
+    """Which patches hold a boundary between two classes: (B, H, W) -> (B, h*w) of 0 or 1."""
+    edges = torch.zeros(labels.shape, device=labels.device)
+    for dim in (1, 2):
+        size = labels.shape[dim] - 1
+        first, second = labels.narrow(dim, 0, size), labels.narrow(dim, 1, size)
+        differ = (first != second) & (first != ignore_index) & (second != ignore_index)
+        edges.narrow(dim, 0, size).masked_fill_(differ, 1.0)
+    return F.adaptive_max_pool2d(edges.unsqueeze(1), grid).flatten(1)
+
+
+def coarse_loss(presence: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Which categories the scene holds, as a multi-label problem.
+
+    Args:
+        presence: (B, K) logits.
+        labels: (B, H, W) class ids.
+        ignore_index: id of pixels that do not count.
+
+    Returns:
+        Scalar: mean binary cross-entropy.
+    """
+    target = torch.zeros_like(presence, dtype=torch.float32)
+    for image, ids in enumerate(labels):
+        target[image, ids[ids != ignore_index].unique().long()] = 1.0
+    return F.binary_cross_entropy_with_logits(presence.float(), target)
+
+
+def medium_loss(similarity: Tensor, prototypes: Tensor, mix: Tensor) -> Tensor:
+    """Soft cross-entropy of the assignment against each patch's label mix, and separation of the prototypes.
+
+    Args:
+        similarity: (B, N, P) logits of the assignment to P prototypes; prototype k stands for class k.
+        prototypes: (P, C).
+        mix: (B, N, K) as from `label_mix`, K <= P; rows of zeros do not count.
+
+    Returns:
+        Scalar: mean cross-entropy plus the mean squared positive cosine between the classes' prototypes.
+    """
+    num_classes = mix.shape[-1]
+    log_assignment = similarity.float().log_softmax(dim=-1)[..., :num_classes]
+    cross_entropy = -(mix * log_assignment).sum() / mix.sum().clamp_min(1.0)
+    unit = F.normalize(prototypes[:num_classes].float(), dim=-1)
+    overlap = (unit @ unit.mT - torch.eye(num_classes, device=unit.device)).clamp_min(0).square()
+    return cross_entropy + overlap.sum() / max(num_classes * (num_classes - 1), 1)
+
+
+def fine_loss(boundary: Tensor, target: Tensor) -> Tensor:
+    """Boundary map predicted from the high-pass response, both kinds of patches weighing the same.
+
+    Args:
+        boundary: (B, N) logits.
+        target: (B, N) of 0 or 1, as from `label_boundaries`.
+
+    Returns:
+        Scalar: balanced binary cross-entropy.
+    """
+    share = target.mean().clamp(1e-3, 1 - 1e-3)
+    weight = torch.where(target > 0, 0.5 / share, 0.5 / (1 - share))
+    return F.binary_cross_entropy_with_logits(boundary.float(), target, weight)
