@@ -70,7 +70,7 @@ def _find_onnx() -> Path:
 
 
 def _read_onnx(path: Path) -> dict[str, Tensor]:
-    """The weights of `Dinov2Model`. Small ones keep their names; matrices are known by the node that multiplies by them."""
+    """The weights of `Dinov2Model`. Matrices have lost their names there, but the nodes that multiply have theirs."""
     import onnx
     from onnx import numpy_helper
 

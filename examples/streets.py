@@ -64,7 +64,7 @@ class StreetScenes(Dataset[tuple[Image.Image, Image.Image]]):
 
 
 class TrainingCrops(Dataset[tuple[Tensor, Tensor]]):
-    """An endless, shuffled, augmented stream of scenes. Item i depends on the seed and i alone: a run can resume anywhere.
+    """A shuffled, augmented stream of scenes. Item i depends on the seed and i alone, so that runs can resume.
 
     Args:
         scenes: the pairs.
@@ -148,7 +148,8 @@ def evaluate(model: nn.Module, scenes: StreetScenes, size: tuple[int, int] = (33
         logits = F.interpolate(model(pixels), size=label.size[::-1], mode="bilinear", align_corners=False)
         target = torch.from_numpy(np.array(label)).long()
         valid = target != IGNORE
-        confusion += torch.bincount(target[valid] * num_classes + logits[0].argmax(0).cpu()[valid], minlength=num_classes**2)
+        found = logits[0].argmax(dim=0).cpu()
+        confusion += torch.bincount(target[valid] * num_classes + found[valid], minlength=num_classes**2)
     table = confusion.view(num_classes, num_classes)
     union = table.sum(0) + table.sum(1) - table.diag()
     ious = 100 * table.diag() / union.clamp_min(1)
@@ -157,7 +158,7 @@ def evaluate(model: nn.Module, scenes: StreetScenes, size: tuple[int, int] = (33
 
 
 def save_bare_head(head: SegmentationHead, directory: str | Path, training: dict[str, Any]) -> None:
-    """Writes a head that was trained without calibrators; one trained with them is saved by `save_pretrained(head=...)`."""
+    """Writes a head trained without calibrators; one trained with them goes into `save_pretrained(head=...)`."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = {"head": {"class": type(head).__name__, "arguments": head.arguments}, "training": training}

@@ -18,6 +18,7 @@ from backbone import HUB_ID, load_dinov2_small
 from streets import CLASSES, IGNORE, StreetScenes, TrainingCrops, evaluate, save_bare_head
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -29,19 +30,20 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA / "synth_town", help="data set; its split `train` is used")
-    parser.add_argument("--backbone", type=Path, help="Transformers directory of a DINOv2 (default: DINOv2-S from the Hub)")
+    parser.add_argument("--backbone", type=Path, help="Transformers directory of a DINOv2 (default: from the Hub)")
     parser.add_argument("--out", type=Path, default=Path("runs/adapter"))
     parser.add_argument("--bare", action="store_true", help="no calibrators: the same head on the frozen backbone")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--size", type=int, nargs=2, default=(196, 266), metavar=("H", "W"), help="of the training crops")
+    parser.add_argument("--size", type=int, nargs=2, default=(196, 266), metavar=("H", "W"), help="of a crop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run")
     parser.add_argument("--val", metavar="ROOT:SPLIT", help="data of the source domain to score (default: DATA:val)")
     parser.add_argument("--test", nargs="*", default=[], metavar="ROOT:SPLIT", help="data of unseen domains to score")
+    parser.add_argument("--note", help="a line for the model card, such as the origin of the data")
     return parser.parse_args(arguments)
 
 
@@ -56,14 +58,13 @@ def build_model(backbone: Path | None, bare: bool) -> tuple[nn.Module, Segmentat
     return vit, head, nn.Sequential(maps, head)
 
 
-def build_optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+def build_optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}
     vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([matrices, vectors], lr=lr)
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / warmup, max(0.0, 1 - s / steps) ** 0.9))
-    return optimizer, schedule
+    return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / warmup, max(0.0, 1 - step / steps) ** 0.9))
 
 
 def train(model: nn.Sequential, vit: nn.Module, args: argparse.Namespace, checkpoint: Path) -> None:
@@ -97,9 +98,10 @@ def train(model: nn.Sequential, vit: nn.Module, args: argparse.Namespace, checkp
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if step % args.save_every == 0 or step == args.steps:
             trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-            states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}
+            state = {"run": run, "step": step, "trained": trained, "rng": torch.get_rng_state()}
+            state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"run": run, "step": step, "trained": trained, **states}, checkpoint.with_suffix(".part"))
+            torch.save(state, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
 
 
@@ -129,8 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         "recipe": f"{args.steps} steps of {args.batch_size} crops of {args.size[0]} x {args.size[1]}, AdamW, "
         f"learning rate {args.lr:g}, seed {args.seed}",
         "backbone weights": vit.weights_source,
+        "evaluation": "images at 336 x 448, IoU at the labels' own resolution",
         "minutes": round(minutes, 1),
     }
+    training |= {"note": args.note} if args.note else {}
     if args.bare:
         save_bare_head(head, args.out, training)
     else:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib
 from mgfc.config import MGFCConfig, select_layers
 from mgfc.errors import CalibrationError, ConfigError
 from mgfc.losses import check_labels, coarse_loss, fine_loss, label_boundaries, label_mix, medium_loss
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ class Calibration(nn.Module):
             hook = functools.partial(self._refine_block, int(key))
             # Transformers captures feature maps by hooks of its own: ours has to run before them.
             self._handles.append(block.register_forward_hook(hook, prepend=True, with_kwargs=True))
+
+    def forward(self, x: T) -> T:
+        """Returns its input: containers that run their children in order, as timm's `FeatureListNet`, pass through."""
+        return x
 
     def detach(self) -> None:
         """Removes the hooks again and gives back the `requires_grad` flags that `freeze` took."""

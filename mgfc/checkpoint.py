@@ -27,7 +27,7 @@ from mgfc.heads import SegmentationHead
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
-_INCOMING = ".incoming"
+_INCOMING, _STAGING = ".incoming", ".saving-"
 _MAX_CONFIG_BYTES = 1 << 20
 _MUST_MATCH = ("depth", "embed_dim", "patch_size", "num_prefix_tokens")
 _FINGERPRINT_TOLERANCE = 0.01
@@ -59,10 +59,11 @@ def save_pretrained(
         license: of the adapter, as a Hub identifier.
 
     Raises:
-        ConfigError: if `training` cannot be written as JSON.
+        ConfigError: if `training` or the head's `arguments` cannot be written as JSON.
     """
     from mgfc.hub import model_card
 
+    _check_notes(training or {})
     backbone = describe(calibration.tower)
     if base_model is not None:
         backbone["base_model"] = base_model
@@ -79,11 +80,19 @@ def save_pretrained(
     try:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"training: expected notes that JSON can hold, found otherwise ({error}).") from None
+        raise ConfigError(f"training, head.arguments: expected what JSON can hold, found otherwise ({error}).") from None
     files: dict[str, bytes | nn.Module | None] = {CONFIG: text.encode(), WEIGHTS: calibration, HEAD: head}
     if not _has_edited_card(Path(directory)):
         files[CARD] = model_card(content, calibration.num_parameters).encode()
     _write_together(Path(directory), files)
+
+
+def _check_notes(training: Mapping[str, Any]) -> None:
+    metrics, datasets = training.get("metrics") or {}, training.get("datasets") or []
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(f"training: expected metrics to be a dict of figures, found {metrics!r}.")
+    if not isinstance(datasets, (list, tuple)) or not all(isinstance(name, str) for name in datasets):
+        raise ConfigError(f"training: expected datasets to be a list of names, found {datasets!r}.")
 
 
 def _has_edited_card(directory: Path) -> bool:
@@ -98,20 +107,23 @@ def _write_together(directory: Path, files: Mapping[str, bytes | nn.Module | Non
 
     From the rename on a reader looks into `.incoming` first; a file that is None is removed.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     directory.mkdir(parents=True, exist_ok=True)
     _finish(directory)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    for left_by_a_crash in directory.glob(f"{_STAGING}*"):
+        shutil.rmtree(left_by_a_crash, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
     try:
         for name, content in files.items():
             path = staging / name
             if isinstance(content, nn.Module):
-                tensors = {key: value.detach().contiguous() for key, value in content.state_dict().items()}
-                save_file(tensors, path, metadata={"format": "pt"})
-            elif content is not None:
-                path.write_bytes(content)
+                # Clones, since safetensors refuses tensors that share memory, as tied weights of a head do.
+                tensors = {key: value.detach().clone().contiguous() for key, value in content.state_dict().items()}
+                # Not save_file, whose files nobody but their owner may read.
+                content = save(tensors, metadata={"format": "pt"})
             if content is not None:
+                path.write_bytes(content)
                 _sync(path)
         os.replace(staging, directory / _INCOMING)
     finally:
@@ -154,7 +166,7 @@ def locate(
         AdapterNotFoundError: if the source is neither, or the repository cannot be reached.
     """
     text = os.fspath(source)
-    path = Path(text.removeprefix("local-dir:")).expanduser()
+    path = Path(os.path.expanduser(text.removeprefix("local-dir:")))
     if path.is_dir():
         return lambda name: _local_file(path, name)
     if path.exists():
@@ -191,7 +203,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, found {path.stat().st_size}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path}: expected JSON, found a damaged file ({error}). Fetch or save it again.") from None
     if not isinstance(content, dict) or content.get("library_name") != "mgfc":
         raise AdapterFileError(
@@ -206,6 +218,9 @@ def read_config(path: Path) -> dict[str, Any]:
     missing = [key for key in ("calibration", "backbone") if not isinstance(content.get(key), dict)]
     if missing:
         raise AdapterFileError(f"{path}: expected an entry {missing[0]!r}, found none. Fetch or save it again.")
+    missing = [key for key in _MUST_MATCH if key not in content["backbone"]]
+    if missing:
+        raise AdapterFileError(f"{path}: expected an entry {missing[0]!r} of the backbone, found none. Fetch or save it again.")
     return content
 
 
@@ -250,8 +265,11 @@ def load(tower: Tower, source: str | os.PathLike[str], **hub_options: Any) -> Ca
     except ConfigError as error:
         raise AdapterFileError(f"{config_path}: {error}") from None
     tensors = read_tensors(find(WEIGHTS))
-    with torch.device("meta"):
-        calibration = Calibration(tower, config)
+    try:
+        with torch.device("meta"):
+            calibration = Calibration(tower, config)
+    except ConfigError as error:
+        raise AdapterMismatchError(f"{os.fspath(source)} does not fit this {found['architecture']}. {error}") from None
     _load_strictly(calibration, tensors, os.fspath(source))
     _compare_fingerprints(content["backbone"].get("fingerprint"), found["fingerprint"], os.fspath(source))
     return calibration
@@ -281,8 +299,9 @@ def load_head(source: str | os.PathLike[str], head: nn.Module | None = None, **h
                 "Build that module yourself and pass it as `head`."
             )
         try:
-            head = SegmentationHead(**described["arguments"])
-        except (KeyError, TypeError, RuntimeError) as error:
+            with torch.device("meta"):
+                head = SegmentationHead(**described["arguments"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise AdapterFileError(f"{os.fspath(source)}: expected the arguments of a SegmentationHead ({error}).") from None
     _load_strictly(head, read_tensors(find(HEAD)), os.fspath(source))
     return head
@@ -297,10 +316,16 @@ def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -
         for key in own
         if key in tensors and own[key].shape != tensors[key].shape
     ]
+    problems += [
+        f"{key}: expected a tensor like {own[key].dtype}, found {tensors[key].dtype}"
+        for key in own
+        if key in tensors and own[key].is_floating_point() != tensors[key].is_floating_point()
+    ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise AdapterMismatchError(f"{source}: tensors and configuration disagree. {problems[0]}{more}.")
-    module.load_state_dict(tensors, assign=True)
+    # A module of the user's keeps its parameters, with their device and dtype: an optimizer may hold them already.
+    module.load_state_dict(tensors, assign=any(value.is_meta for value in own.values()))
 
 
 def _compare_backbones(expected: Mapping[str, Any], found: Mapping[str, Any], source: str) -> None:
@@ -314,7 +339,7 @@ def _compare_backbones(expected: Mapping[str, Any], found: Mapping[str, Any], so
 
 
 def _compare_fingerprints(expected: object, found: list[float], source: str) -> None:
-    if not isinstance(expected, list) or len(expected) != len(found):
+    if not isinstance(expected, list) or len(expected) != len(found) or not all(isinstance(x, (int, float)) for x in expected):
         return
     apart = [abs(a - b) > _FINGERPRINT_TOLERANCE * max(abs(a), 1e-12) for a, b in zip(expected, found, strict=True)]
     if any(apart):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from mgfc.errors import ConfigError
 
-Layers = str | tuple[int, ...]
+Layers = str | tuple[int, ...] | list[int]
 C = TypeVar("C", bound="_Config")
 
 
@@ -43,7 +43,7 @@ class _Config:
         """
         _expect(isinstance(values, Mapping), cls.__name__, "a mapping of its fields", values)
         known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(set(values) - set(known), key=str)
         if unknown:
             raise ConfigError(
                 f"{cls.__name__}: unknown key {unknown[0]!r}; it has {', '.join(known)}. "
@@ -58,6 +58,9 @@ class _Config:
         return cls(**decoded)
 
     def _check_layers(self, layers: Layers) -> None:
+        if isinstance(layers, list):
+            layers = tuple(layers)
+            object.__setattr__(self, "layers", layers)
         where = f"{type(self).__name__}.layers"
         if isinstance(layers, str):
             kind, _, count = layers.partition(":")

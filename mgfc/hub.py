@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import nn
 from mgfc.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
     from mgfc.calibration import Calibration
     from mgfc.checkpoint import Locate
 
@@ -111,6 +115,8 @@ def push_to_hub(
 ) -> str:
     """Uploads an adapter to the Hugging Face Hub, making the repository if it is missing.
 
+    Other files in the repository stay; so does a model card that was edited. A head of before goes if there is no new one.
+
     Args:
         calibration: of a wrapped backbone.
         repo_id: organisation/name.
@@ -128,9 +134,9 @@ def push_to_hub(
     Raises:
         AdapterNotFoundError: if the Hub cannot be reached or refuses.
     """
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
-    from mgfc.checkpoint import save_pretrained
+    from mgfc.checkpoint import CARD, HEAD, save_pretrained
 
     api = HfApi(token=token, library_name="mgfc")
     with tempfile.TemporaryDirectory() as directory:
@@ -140,11 +146,13 @@ def push_to_hub(
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=directory,
+                ignore_patterns=[CARD] if _has_edited_card(api, repo_id, revision) else None,
+                delete_patterns=[HEAD] if head is None else None,
                 revision=revision,
                 commit_message=commit_message,
                 create_pr=create_pr,
             )
-        except (OSError, _connection_error(), errors.HFValidationError) as error:
+        except (OSError, _connection_error(), ValueError) as error:
             raise AdapterNotFoundError(
                 f"{repo_id} could not be uploaded ({type(error).__name__}: {error}). Check the name, log in with a token that "
                 "may write (`hf auth login`), and try again; nothing was lost locally."
@@ -152,15 +160,25 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
+def _has_edited_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    from huggingface_hub import errors
+
+    try:
+        card = Path(api.hf_hub_download(repo_id, "README.md", revision=revision))
+    except errors.RemoteEntryNotFoundError:
+        return False
+    return CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
+
+
 def model_card(content: Mapping[str, Any], num_parameters: int) -> str:
     """The model card of an adapter, from the content of its `config.json`."""
     backbone, training = content["backbone"], content["training"]
     stages = [name for name in ("coarse", "medium", "fine") if content["calibration"][name] is not None]
-    header = ["library_name: mgfc", "pipeline_tag: image-segmentation", f"license: {content.get('license', 'apache-2.0')}"]
+    header = ["library_name: mgfc", "pipeline_tag: image-segmentation", f"license: {_yaml(content['license'])}"]
     if backbone["base_model"]:
-        header += [f"base_model: {backbone['base_model']}", "base_model_relation: adapter"]
+        header += [f"base_model: {_yaml(backbone['base_model'])}", "base_model_relation: adapter"]
     if training.get("datasets"):
-        header += ["datasets:", *(f"- {name}" for name in training["datasets"])]
+        header += ["datasets:", *(f"- {_yaml(name)}" for name in training["datasets"])]
     header += ["tags:", "- mgfc", "- domain-generalization", "- semantic-segmentation"]
     name = backbone["base_model"] or backbone["architecture"]
     lines = ["---", *header, "---", CARD_MARK, "", f"# mgfc adapter for {name}", ""]
@@ -183,8 +201,18 @@ def model_card(content: Mapping[str, Any], num_parameters: int) -> str:
     ]
     if training.get("metrics"):
         lines += ["## Figures", "", "| measured | value |", "|---|---|"]
-        lines += [f"| {key} | {value} |" for key, value in training["metrics"].items()] + [""]
+        lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in training["metrics"].items()] + [""]
     notes = {key: value for key, value in training.items() if key not in ("metrics", "datasets")}
     if notes:
         lines += ["## Training", "", *(f"- {key}: {value}" for key, value in notes.items()), ""]
     return "\n".join(lines)
+
+
+def _yaml(text: str) -> str:
+    """A string as a YAML scalar; quoted, as in JSON, unless it is a plain name."""
+    return text if re.fullmatch(r"[A-Za-z][\w.-]*[/-][\w./-]*\w|mit", text) else json.dumps(text, ensure_ascii=False)
+
+
+def _cell(value: object) -> str:
+    """What a cell of a Markdown table holds."""
+    return " ".join(str(value).split()).replace("|", "\\|")

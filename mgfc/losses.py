@@ -20,7 +20,8 @@ def check_labels(labels: Tensor, batch: int, num_classes: int, ignore_index: int
         )
     if labels.dtype not in _INTEGERS:
         raise LabelError(f"Labels: expected integers, found {labels.dtype}. Convert them, e.g. labels.long().")
-    valid = labels[labels != ignore_index]
+    # In a narrow dtype an ignore_index out of its range would wrap to another id.
+    valid = labels[labels.long() != ignore_index]
     if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < num_classes:
         raise LabelError(
             f"Labels: expected class ids from 0 to {num_classes - 1} or ignore_index={ignore_index}, "
@@ -40,8 +41,9 @@ def label_mix(labels: Tensor, grid: tuple[int, int], num_classes: int, ignore_in
     Returns:
         (B, h*w, K); rows sum to 1, or to 0 where no pixel counts.
     """
+    labels = labels.long()
     valid = labels != ignore_index
-    one_hot = F.one_hot(labels.long().where(valid, 0), num_classes) * valid.unsqueeze(-1)
+    one_hot = F.one_hot(labels.where(valid, 0), num_classes) * valid.unsqueeze(-1)
     counts = F.adaptive_avg_pool2d(one_hot.permute(0, 3, 1, 2).float(), grid).flatten(2).mT
     return counts / counts.sum(dim=-1, keepdim=True).clamp_min(1e-6)
 
@@ -49,6 +51,7 @@ def label_mix(labels: Tensor, grid: tuple[int, int], num_classes: int, ignore_in
 def label_boundaries(labels: Tensor, grid: tuple[int, int], ignore_index: int = 255) -> Tensor:
     """Which patches hold a boundary between two classes: (B, H, W) -> (B, h*w) of 0 or 1."""
     edges = torch.zeros(labels.shape, device=labels.device)
+    labels = labels.long()
     for dim in (1, 2):
         size = labels.shape[dim] - 1
         first, second = labels.narrow(dim, 0, size), labels.narrow(dim, 1, size)
@@ -69,8 +72,8 @@ def coarse_loss(presence: Tensor, labels: Tensor, ignore_index: int = 255) -> Te
         Scalar: mean binary cross-entropy.
     """
     target = torch.zeros_like(presence, dtype=torch.float32)
-    for image, ids in enumerate(labels):
-        target[image, ids[ids != ignore_index].unique().long()] = 1.0
+    for image, ids in enumerate(labels.long()):
+        target[image, ids[ids != ignore_index].unique()] = 1.0
     return F.binary_cross_entropy_with_logits(presence.float(), target)
 
 

@@ -7,7 +7,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from hub_server import HubServer, hub_environment
 assert "huggingface_hub" not in sys.modules, "huggingface_hub was imported before its settings were made"
 _HUB = HubServer()
 _HOME = tempfile.mkdtemp(prefix="mgfc-tests-")
+_SHARED = Path(__file__).resolve().parents[2] / "shared"
 _ENVIRONMENT = hub_environment(_HUB.endpoint, _HOME)
 os.environ.clear()
 os.environ.update(_ENVIRONMENT)
@@ -28,6 +30,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """Finds data that lies beside the checkout, in `../shared`. Without it a test is skipped, and fails in CI."""
+
+    def find(name: str) -> Path:
+        path = _SHARED / name
+        if not path.exists():
+            message = f"{path} is missing"
+            pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+        return path
+
+    return find
 
 
 @pytest.fixture(autouse=True)

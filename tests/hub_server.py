@@ -401,9 +401,7 @@ class HubServer:
     def _info(self, request: Request, body: bytes, repo: str, rev: str = "main") -> Reply:
         target = self._repo(request, repo)
         commit, flags = target.at(rev), {"private": target.private, "gated": "manual" if target.gated else False}
-        return Reply(
-            body={"id": repo, "sha": commit.sha, **flags, "siblings": [{"rfilename": path} for path in commit.files]}
-        )
+        return Reply(body={"id": repo, "sha": commit.sha, **flags, "siblings": [{"rfilename": path} for path in commit.files]})
 
     @route("GET", "/api/models/{repo}/tree/{rev}(?:/{path})?")
     def _tree(self, request: Request, body: bytes, repo: str, rev: str, path: str = "") -> Reply:

@@ -262,12 +262,8 @@ def test_an_interrupted_download_resumes(hub: HubServer, monkeypatch: pytest.Mon
     assert ranges(hub) == [None, "bytes=1000-", "bytes=2000-"]
 
 
-@pytest.mark.parametrize(
-    ("reset", "error", "attempts"), [(False, httpx2.RemoteProtocolError, 6), (True, httpx2.ReadError, 1)]
-)
-def test_a_download_that_never_ends_leaves_no_file(
-    hub: HubServer, reset: bool, error: type[Exception], attempts: int
-) -> None:
+@pytest.mark.parametrize(("reset", "error", "attempts"), [(False, httpx2.RemoteProtocolError, 6), (True, httpx2.ReadError, 1)])
+def test_a_download_that_never_ends_leaves_no_file(hub: HubServer, reset: bool, error: type[Exception], attempts: int) -> None:
     hub.put(REPO, FILES)
     hub.cut(times=99, reset=reset)
     with pytest.raises(error):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mgfc.backbones.exceptions import UNSUPPORTED
+from mgfc.backbones.exceptions import HOSTS, UNSUPPORTED
 from mgfc.errors import UnsupportedBackboneError
 
 _ATTENTION = re.compile(r"attn|attention|mhsa", re.IGNORECASE)
@@ -57,11 +57,6 @@ def find_tower(model: nn.Module, blocks: str | Sequence[str] | None = None) -> T
     if root_name is None:
         root_name = _lowest_owner(model, found)
     root = model.get_submodule(root_name)
-    if isinstance(root, _SEQUENCES):
-        raise UnsupportedBackboneError(
-            f"{type(root).__name__}: expected a model with a forward of its own, found a sequence, to which a child would "
-            "be one more step. Wrap the backbone before it becomes part of the sequence."
-        )
     prefix = root_name + "." if root_name else ""
     names = tuple(name.removeprefix(prefix) for name in found if name.startswith(prefix))
     _reject_unsupported(root)
@@ -131,15 +126,21 @@ def has_image_stem(module: nn.Module, blocks: Sequence[str] = ()) -> bool:
 
 
 def _hugging_face_root(model: nn.Module, blocks: list[str]) -> str | None:
-    """The innermost Transformers vision model that owns blocks and an image stem, if there is one."""
-    owners = []
+    """The innermost Transformers vision model that owns blocks and an image stem, if there is one.
+
+    A model inside a `*Backbone` class gives way to it, whose own norms are part of the backbone.
+    """
+    owners: list[str] = []
+    outer: list[str] = []
     for name, module in model.named_modules():
-        if getattr(type(module), "main_input_name", "input_ids") == "input_ids":
+        if getattr(type(module), "main_input_name", "input_ids") == "input_ids" or type(module).__name__ in HOSTS:
             continue
         prefix = name + "." if name else ""
         inside = [block.removeprefix(prefix) for block in blocks if block.startswith(prefix)]
-        if inside and has_image_stem(module, inside):
+        if inside and has_image_stem(module, inside) and not any(_is_inside(name, backbone) for backbone in outer):
             owners.append(name)
+            if any(cls.__name__ == "BackboneMixin" for cls in type(module).__mro__):
+                outer.append(name)
     innermost = [name for name in owners if not any(other != name and _is_inside(other, name) for other in owners)]
     if len(innermost) > 1:
         raise UnsupportedBackboneError(

@@ -20,6 +20,7 @@ UNSUPPORTED = {
     "MllamaVisionModel": _TILES,
     "TimesformerModel": _TILES,
     "GroupViTVisionModel": "its tokens are merged into groups",
+    "HieraBackbone": "this class forgets to unroll its patches, so that its feature maps are scrambled; use HieraModel",
     "PixtralVisionModel": _PACKED,
 }
 """Class name -> why its tokens cannot be calibrated."""
@@ -29,3 +30,6 @@ TRAILING = {"YolosModel": "detection_tokens", "Llama4VisionModel": "class_embedd
 
 MASKED = ("ViTMAEModel",)
 """Classes that shuffle or drop patches inside their embeddings, so that no patch has a known place."""
+
+HOSTS = ("TimmWrapperModel", "TimmWrapperForImageClassification")
+"""Transformers classes that rename the keys of their state dict, so that the timm model inside is the backbone."""

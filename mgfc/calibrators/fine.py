@@ -20,6 +20,9 @@ class FineCalib(nn.Module):
         dim: channels C of the tokens.
         kernel_size: odd side of the kernel, in patches.
 
+    Raises:
+        ValueError: if the kernel's side is not odd.
+
     Example:
         >>> FineCalib(64)(torch.randn(2, 6 * 9, 64), (6, 9)).shape
         torch.Size([2, 54, 64])
@@ -27,6 +30,8 @@ class FineCalib(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int = 3) -> None:
         super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"FineCalib: expected kernel_size to be odd and positive, found {kernel_size}.")
         kernel = torch.full((dim, 1, kernel_size, kernel_size), -1 / kernel_size**2)
         kernel[..., kernel_size // 2, kernel_size // 2] += 1
         self.kernel = nn.Parameter(kernel)
@@ -54,5 +59,14 @@ class FineCalib(nn.Module):
 
         Returns:
             (B, h*w, C).
+
+        Raises:
+            ValueError: if there are not h*w tokens.
         """
+        height, width = grid
+        if tokens.shape[1] != height * width:
+            raise ValueError(
+                f"FineCalib: expected {height} x {width} = {height * width} tokens of shape (B, h*w, C), found {tokens.shape[1]}. "
+                "Leave extra tokens (class, registers) out."
+            )
         return self.add(tokens, self.high_pass(tokens, grid))

