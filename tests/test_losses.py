@@ -72,7 +72,7 @@ def test_label_boundaries_of_each_patch(size: Any, grid: Any) -> None:
     for b, y, x in np.ndindex(*labels.shape):
         for other in ((y + 1, x), (y, x + 1)):
             if other[0] < size[0] and other[1] < size[1]:
-                pair = {int(labels[b, y, x]), int(labels[b, *other])}
+                pair = {int(labels[b, y, x]), int(labels[(b, *other)])}
                 edges[b, y, x] |= len(pair) == 2 and IGNORE not in pair
     expected = torch.tensor([[float(pixels.max()) for pixels in patches] for patches in windows(edges, grid)])
     assert torch.equal(label_boundaries(labels, grid), expected) and expected.max() == 1

@@ -66,7 +66,7 @@ class FineCalib(nn.Module):
         height, width = grid
         if tokens.shape[1] != height * width:
             raise ValueError(
-                f"FineCalib: expected {height} x {width} = {height * width} tokens of shape (B, h*w, C), found {tokens.shape[1]}. "
+                f"FineCalib: expected {height} x {width} = {height * width} tokens, found {tokens.shape[1]}. "
                 "Leave extra tokens (class, registers) out."
             )
         return self.add(tokens, self.high_pass(tokens, grid))

@@ -1,0 +1,219 @@
+"""Writes the generated parts of README.md and docs/: the supported classes, and what was measured.
+
+python docs/generate.py            # writes them
+python docs/generate.py --check    # only says whether they are current
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from safetensors import safe_open  # noqa: E402
+from zoo import Case, cases  # noqa: E402
+
+from mgfc.backbones.detection import find_tower  # noqa: E402
+from mgfc.errors import UnsupportedBackboneError  # noqa: E402
+
+LIBRARIES = {"timm": "timm", "transformers": "Transformers"}
+HOSTS = ("DPT", "Depth Anything", "EoMT", "Grounding DINO", "Mask2Former", "MaskFormer", "UperNet", "ViTMatte", "ZoeDepth")
+SHAPES = {"NLC": "(B, N, C)", "NHWC": "(B, h, w, C)", "NCHW": "(B, C, h, w)", "windows": "windows along B"}
+SCORES = {"synth_town/val": "synth_town, val", "camvid/day": "CamVid, day", "camvid/dusk": "CamVid, dusk"}
+PICTURE = "docs/images/trier_basilica_parked_cars_segmented.jpg"
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(value for value in values if value))
+
+
+def families(library: str, *tiers: int, hosts: bool = False) -> str:
+    found = [case.family for case in cases(library=library) if case.tier in tiers and (case.family in HOSTS) == hosts]
+    return ", ".join(sorted(unique(name.partition(" (")[0] for name in found), key=str.lower))
+
+
+def summary() -> str:
+    """The compact table of the README."""
+    rows = [
+        ["plain", families("timm", 1), families("transformers", 1)],
+        ["windowed, hierarchical and others", families("timm", 2), families("transformers", 2)],
+        ["hosts", "`features_only`, `forward_intermediates`", families("transformers", 1, 2, hosts=True)],
+    ]
+    found = [case for case in cases() if case.tier in (1, 2)]
+    classes = len({(case.library, case.architecture) for case in found})
+    return table(["", *LIBRARIES.values()], rows) + f"\n\n{len(found)} configurations of {classes} classes, each tested."
+
+
+def by_class(tier: int) -> list[list[Case]]:
+    def key(case: Case) -> tuple[str, str, str]:
+        return case.library, case.architecture, case.family
+
+    # Libraries in the zoo's own order, classes in that of the alphabet.
+    ordered = sorted(cases(tier), key=lambda case: (case.library != "timm", case.architecture.lower(), case.family.lower()))
+    return [list(group) for _, group in groupby(ordered, key)]
+
+
+def extra_tokens(case: Case) -> str:
+    leading = " then ".join(unique(str(n) for n in case.leading))
+    trailing = " then ".join(unique(str(n) for n in case.trailing))
+    return leading if trailing == "0" else f"{leading}, and {trailing} after"
+
+
+def note(case: Case) -> str:
+    skipped = "no grid, fine stage skipped" if None in case.grids else ""
+    return "; ".join(filter(None, (case.note, skipped)))
+
+
+def notes(group: list[Case]) -> str:
+    """What is said of every case of a class, and what of some of them, by their tag."""
+    found = unique(note(case) for case in group)
+    tags = {text: [case.name.split("-", 2)[-1] for case in group if note(case) == text] for text in found}
+    return "; ".join(text if len(tags[text]) == len(group) else f"({', '.join(tags[text])}) {text}" for text in found)
+
+
+def full_table(tier: int) -> str:
+    """One row a class and family."""
+    rows = []
+    for group in by_class(tier):
+        first = group[0]
+        rows.append(
+            [
+                f"{LIBRARIES[first.library]} `{first.architecture}`",
+                first.family,
+                ", ".join(unique(f"`{re.sub(r'[0-9]+', '*', name)}`" for case in group for name in case.blocks)),
+                ", ".join(unique(SHAPES[case.layout] for case in group)),
+                " or ".join(unique(extra_tokens(case) for case in group)),
+                "yes" if any(case.dynamic for case in group) else "",
+                notes(group),
+            ]
+        )
+    return table(["class", "family", "blocks", "tokens", "extra tokens", "changing sizes", "notes"], rows)
+
+
+@cache
+def refusals() -> Mapping[str, str]:
+    """What `wrap_backbone` says of each class that it refuses, by name of the case."""
+    found = {}
+    for case in cases(tier=3):
+        try:
+            find_tower(case.build())
+        except UnsupportedBackboneError as error:
+            reason = str(error).partition(": ")[2].partition("per image, but ")
+            found[case.name] = (reason[2] or reason[0]).partition(". ")[0]
+    return found
+
+
+def refused() -> str:
+    groups = [group for group in by_class(3) if group[0].name in refusals()]
+    rows = [[f"{LIBRARIES[g[0].library]} `{g[0].architecture}`", g[0].family, refusals()[g[0].name]] for g in groups]
+    return table(["class", "family", "why"], rows)
+
+
+def best_effort() -> str:
+    groups = [group for group in by_class(3) if group[0].name not in refusals()]
+    rows = [[f"{LIBRARIES[g[0].library]} `{g[0].architecture}`", g[0].family, g[0].note] for g in groups]
+    return table(["class", "family", "notes"], rows)
+
+
+def num_parameters(path: Path) -> int:
+    with safe_open(path, "pt") as file:
+        return sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+
+
+def results(examples: Path = ROOT / "examples") -> str:
+    """The table of what the demo adapter and the bare head scored, and how."""
+    places = {"head on the bare backbone": examples / "bare_head", "calibrators and head": examples / "adapter"}
+    if not all((place / "config.json").exists() for place in places.values()):
+        return "Not measured yet: the table appears with the demo adapter in `examples/adapter`."
+    trained = {name: json.loads((place / "config.json").read_text())["training"] for name, place in places.items()}
+    rows = []
+    for name, place in places.items():
+        count = sum(num_parameters(path) for path in place.glob("*.safetensors"))
+        scores = [trained[name]["metrics"].get(f"{key} mIoU") for key in SCORES]
+        rows.append([name, f"{count:,}", *("" if score is None else f"{score:.2f}" for score in scores)])
+    header = ["trained on a frozen DINOv2-S/14", "parameters", *SCORES.values()]
+    return "\n\n".join([table(header, rows), recipe(trained), *picture()])
+
+
+def recipe(trained: Mapping[str, Mapping[str, Any]]) -> str:
+    """How both were trained and scored, with the commands."""
+    recipes = {item["recipe"] for item in trained.values()}
+    if len(recipes) > 1:
+        raise ValueError(f"The adapter and the bare head were trained differently: {recipes}.")
+    text = recipes.pop()
+    pattern = r"(\d+) steps of (\d+) crops of (\d+ x \d+), AdamW, learning rate ([\d.e-]+), seed (\d+)"
+    found = re.fullmatch(pattern, text)
+    if found is None:
+        raise ValueError(f"Expected a recipe like {pattern!r}, found {text!r}.")
+    steps, batch, size, lr, seed = found.groups()
+    options = f"--steps {steps} --batch-size {batch} --size {size.replace(' x', '')} --lr {lr} --seed {seed}"
+    places = "--test ../shared/data/camvid:day ../shared/data/camvid:dusk"
+    command = f"python examples/train_minimal.py {options} \\\n  {places} --out"
+    minutes = " and ".join(f"{item['minutes']:.0f}" for item in trained.values())
+    how = "".join(f"; {line}" for line in unique(item.get("evaluation", "") for item in trained.values()))
+    machine = "two CPU cores (AMD EPYC, shared with other work)"
+    return (
+        f"mIoU in percent. Trained with {text}{how}. On {machine} training took {minutes} minutes.\n\n"
+        f"```bash\n{command} runs/bare_head --bare\n{command} runs/adapter\n```"
+    )
+
+
+def picture() -> list[str]:
+    if not (ROOT / PICTURE).exists():
+        return []
+    alt = "A photograph of a street, segmented with calibrators and with the head on the bare backbone"
+    credit = "Photograph: Berthold Werner, public domain. Calibrators and heads were trained on rendered scenes alone."
+    return [f"![{alt}]({PICTURE})", f"<sub>{credit}</sub>"]
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """Puts content between `<!-- marker: begin -->` and `<!-- marker: end -->`."""
+    begin, end = f"<!-- {marker}: begin -->", f"<!-- {marker}: end -->"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"expected {begin} and {end}, found {text[:60]!r}...")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
+
+
+def pages() -> dict[Path, str]:
+    """What each page with generated parts should be."""
+    readme, supported = ROOT / "README.md", ROOT / "docs" / "supported-backbones.md"
+    parts = {
+        readme: {"supported": summary(), "results": results()},
+        supported: {"plain": full_table(1), "others": full_table(2), "best effort": best_effort(), "refused": refused()},
+    }
+    texts = {}
+    for path, contents in parts.items():
+        text = path.read_text(encoding="utf-8")
+        for marker, content in contents.items():
+            text = fill(text, marker, content)
+        texts[path] = text
+    return texts
+
+
+def main() -> int:
+    stale = [path for path, text in pages().items() if path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} is not current" if "--check" in sys.argv else f"Written: {path.relative_to(ROOT)}")
+        if "--check" not in sys.argv:
+            path.write_text(pages()[path], encoding="utf-8")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

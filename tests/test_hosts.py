@@ -1,0 +1,142 @@
+"""Wrapping a backbone that sits inside somebody else's model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import timm
+import torch
+from helpers import randomise, same
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from zoo import CASES
+
+from mgfc import FeatureMaps, MGFCConfig, SegmentationHead, get_calibration, wrap_backbone
+
+CONFIG = MGFCConfig(rank=4)
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
+
+
+def build(name: str) -> Any:
+    return next(case for case in CASES if case.name == name)
+
+
+def test_segmentation_model() -> None:
+    class Segmenter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **SIZES)
+            self.encoder = nn.ModuleDict({"model": wrap_backbone(vit, CONFIG)})
+            self.maps = FeatureMaps(self.encoder["model"], (1, 2))
+            self.decoder = SegmentationHead(self.maps.channels, 5, hidden_dim=16)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.decoder(self.maps(images))
+
+    model, images = Segmenter(), torch.randn(2, 3, 32, 48)
+    calibration = get_calibration(model)
+    assert calibration.backbone is model.encoder["model"]
+    before = model(images)
+    assert before.shape == (2, 5, 8, 12)
+    calibration.check(images, model=model)
+    randomise(calibration)
+    assert not torch.equal(model(images), before)
+    model(images).square().mean().backward()
+    assert all(p.grad is not None for p in model.decoder.parameters())
+    assert all(p.grad is not None for p in calibration.parameters())
+
+
+@torch.no_grad()
+def test_composite_vision_language_model() -> None:
+    case = build("transformers-CLIPModel")
+    model, images = case.build(), case.images()
+    bare = case.call(model, images)
+    assert wrap_backbone(model, CONFIG) is model
+    calibration = get_calibration(model)
+    assert calibration.backbone is model.vision_model
+    assert all(p.requires_grad for p in model.text_model.parameters())
+    randomise(calibration)
+    assert not same(case.call(model, images).image_embeds, bare.image_embeds)
+    assert same(case.call(model, images).text_embeds, bare.text_embeds)
+
+
+@torch.no_grad()
+def test_segmentation_host_sees_refined_maps() -> None:
+    case = build("transformers-UperNetForSemanticSegmentation-swin")
+    model, images = case.build(), case.images()
+    wrap_backbone(model, CONFIG)
+    calibration = get_calibration(model)
+    bare = case.call(model, images).logits
+    randomise(calibration)
+    assert not torch.equal(case.call(model, images).logits, bare)
+    assert all(p.requires_grad for p in model.decode_head.parameters())
+
+
+def test_wrapping_only_a_part_of_a_host() -> None:
+    case = build("transformers-UperNetForSemanticSegmentation-swin")
+    model = case.build()
+    wrap_backbone(model.backbone, CONFIG)
+    assert get_calibration(model).backbone is model.backbone
+
+
+def test_ema_copy_is_independent() -> None:
+    vit, images = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **SIZES), torch.randn(1, 3, 32, 48)
+    wrap_backbone(vit, CONFIG)
+    randomise(vit.calibration)
+    ema = ModelEmaV3(vit, decay=0.5)
+    before = ema.module(images)
+    assert same(before, vit.eval()(images))
+    randomise(vit.calibration, std=1.0)
+    assert same(ema.module(images), before)
+    old = ema.module.calibration.layers["0"].up.weight.clone()
+    ema.update(vit)
+    torch.testing.assert_close(
+        ema.module.calibration.layers["0"].up.weight, 0.5 * (old + vit.calibration.layers["0"].up.weight)
+    )
+
+
+def test_lightning(tmp_path: Any) -> None:
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **SIZES)
+            self.vit = wrap_backbone(vit, MGFCConfig(rank=4))
+            self.head = nn.Linear(32, 5)
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            tokens = self.vit.forward_features(batch[0])[:, 1:]
+            logits = self.head(tokens).mT.unflatten(2, (4, 6))
+            loss = F.cross_entropy(F.interpolate(logits, scale_factor=8), batch[1])
+            return loss + self.vit.calibration.loss(batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)
+
+    torch.manual_seed(0)
+    module = Module()
+    assert get_calibration(module) is module.vit.calibration
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    data = TensorDataset(torch.randn(4, 3, 32, 48), torch.randint(0, 5, (4, 32, 48)))
+    trainer = lightning.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, DataLoader(data, 2))
+    after = module.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved
+    assert all("calibration" in name or name.startswith("head") for name in moved)
+    assert any(name.endswith("up.weight") for name in moved)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    twin = Module()
+    twin.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
+    images = torch.randn(1, 3, 32, 48)
+    assert same(twin.eval().vit(images), module.eval().vit(images))
