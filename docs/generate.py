@@ -163,11 +163,11 @@ def recipe(trained: Mapping[str, Mapping[str, Any]]) -> str:
     options = f"--steps {steps} --batch-size {batch} --size {size.replace(' x', '')} --lr {lr} --seed {seed}"
     places = "--test ../shared/data/camvid:day ../shared/data/camvid:dusk"
     command = f"python examples/train_minimal.py {options} \\\n  {places} --out"
-    minutes = " and ".join(f"{item['minutes']:.0f}" for item in trained.values())
+    minutes = max(item["minutes"] for item in trained.values())
     how = "".join(f"; {line}" for line in unique(item.get("evaluation", "") for item in trained.values()))
     machine = "two CPU cores (AMD EPYC, shared with other work)"
     return (
-        f"mIoU in percent. Trained with {text}{how}. On {machine} training took {minutes} minutes.\n\n"
+        f"mIoU in percent. Trained with {text}{how}. Each training took at most {minutes:.0f} minutes on {machine}.\n\n"
         f"```bash\n{command} runs/bare_head --bare\n{command} runs/adapter\n```"
     )
 

@@ -164,7 +164,7 @@ class MGFCConfig(_Config):
     Raises:
         ConfigError: on a wrong type or an impossible value.
 
-    Example:
+    Examples:
         >>> MGFCConfig(rank=32, fine=None).to_dict()["fine"] is None
         True
     """

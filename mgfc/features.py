@@ -37,7 +37,7 @@ class FeatureMaps(nn.Module):
         UnsupportedBackboneError: if there is no vision transformer in `backbone`.
         ConfigError: if an index or the number of scales does not fit.
 
-    Example:
+    Examples:
         >>> import timm, torch
         >>> vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True)
         >>> [tuple(m.shape) for m in FeatureMaps(vit, (5, 11), scales=(2, 1))(torch.randn(1, 3, 96, 64))]

@@ -20,7 +20,7 @@ class SegmentationHead(nn.Module):
         num_classes: classes K.
         hidden_dim: width of the head.
 
-    Example:
+    Examples:
         >>> maps = [torch.randn(2, 384, 14, 19) for _ in range(4)]
         >>> SegmentationHead([384] * 4, 11)(maps).shape
         torch.Size([2, 11, 28, 38])

@@ -58,7 +58,7 @@ def wrap_backbone(
 
     Whatever is raised, the backbone is as it was.
 
-    Example:
+    Examples:
         >>> import timm
         >>> vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True)
         >>> wrap_backbone(vit, MGFCConfig(rank=16)) is vit

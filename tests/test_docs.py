@@ -159,7 +159,7 @@ def test_navigation_lists_every_page() -> None:
 @pytest.mark.parametrize(("name", "command"), [("demo", "python examples/segment.py"), ("test", "pytest -n 2")])
 def test_the_commands_of_the_readme_can_be_extracted(name: str, command: str) -> None:
     readme = (ROOT / "README.md").read_text()
-    (found,) = re.findall(rf"<!-- {name} command -->\n```bash\n(.*)\n```\n<!-- /{name} command -->", readme)
+    (found,) = re.findall(rf"<!-- {name} command -->\n```bash\n(.*)\n```\n<!-- end -->", readme)
     assert found.endswith(command)
     assert f'pip install -e ".[{name}]"' in found
     assert re.search(rf"^{name} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)

@@ -19,7 +19,7 @@ class CoarseCalib(nn.Module):
         dim: channels C of the tokens.
         num_tokens: scene tokens m.
 
-    Example:
+    Examples:
         >>> CoarseCalib(64)(torch.randn(2, 6 * 9, 64), (6, 9)).shape
         torch.Size([2, 54, 64])
     """

@@ -10,7 +10,7 @@ class FineCalib(nn.Module):
 
     With patch tokens Z on an h x w grid:
 
-        Z <- Z + g * sigmoid(Z W) * HP(Z)
+        Z <- Z + g * sigmoid(Z W + b) * HP(Z)
 
     HP is a depth-wise convolution, at first the identity minus a box blur. Borders are replicated, so a constant map has
     zero response everywhere at initialisation. The per-channel gate g is 0 at initialisation: the module starts as the
@@ -23,7 +23,7 @@ class FineCalib(nn.Module):
     Raises:
         ValueError: if the kernel's side is not odd.
 
-    Example:
+    Examples:
         >>> FineCalib(64)(torch.randn(2, 6 * 9, 64), (6, 9)).shape
         torch.Size([2, 54, 64])
     """
@@ -42,7 +42,10 @@ class FineCalib(nn.Module):
         """HP(Z): (B, h*w, C) -> (B, h*w, C)."""
         batch, _, dim = tokens.shape
         pad = self.kernel.shape[-1] // 2
-        maps = F.pad(tokens.mT.reshape(batch, dim, *grid), (pad, pad, pad, pad), mode="replicate")
+        maps = tokens.mT.reshape(batch, dim, *grid)
+        # Not F.pad(mode="replicate"), whose backward gets other strides than torch.compile's inductor expects.
+        maps = torch.cat([maps[:, :, :1]] * pad + [maps] + [maps[:, :, -1:]] * pad, dim=2)
+        maps = torch.cat([maps[..., :1]] * pad + [maps] + [maps[..., -1:]] * pad, dim=3)
         return F.conv2d(maps, self.kernel, groups=dim).flatten(2).mT
 
     def add(self, tokens: Tensor, detail: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class CalibLayer(nn.Module):
         medium: a `MediumCalib` of width r, or None.
         fine: a `FineCalib` of width r, or None.
 
-    Example:
+    Examples:
         >>> CalibLayer(64, 16, fine=FineCalib(16))(torch.randn(2, 6 * 9, 64), (6, 9)).shape
         torch.Size([2, 54, 64])
     """

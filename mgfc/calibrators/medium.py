@@ -21,7 +21,7 @@ class MediumCalib(nn.Module):
         num_prototypes: prototypes K; None if each call brings its own, as blocks do that share one set.
         temperature: tau; smaller is harder.
 
-    Example:
+    Examples:
         >>> MediumCalib(64)(torch.randn(2, 6 * 9, 64), (6, 9)).shape
         torch.Size([2, 54, 64])
     """
