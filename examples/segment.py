@@ -25,7 +25,7 @@ from mgfc import FeatureMaps, MGFCError, load_head, wrap_backbone
 
 HERE = Path(__file__).parent
 PATCH = 14
-MARGIN, TITLE, ROW = 12, 30, 26
+MARGIN, TITLE, ROW = 14, 36, 34
 INK, PAPER = (40, 40, 44), (255, 255, 255)
 
 
@@ -86,14 +86,14 @@ def colour(image: Image.Image, classes: np.ndarray, strength: float = 0.65) -> I
 
 def compose(panels: dict[str, Image.Image]) -> Image.Image:
     """Titled panels in a row, and the legend below."""
-    font = ImageFont.load_default(size=15)
+    font = ImageFont.load_default(size=19)
     width, height = next(iter(panels.values())).size
     column = max(width, *(round(font.getlength(title)) for title in panels))
     total = len(panels) * (column + MARGIN) + MARGIN
     entries: list[tuple[int, int, str]] = []
     x, row = MARGIN, 0
     for name in CLASSES:
-        step = 22 + round(font.getlength(name)) + 18
+        step = 26 + round(font.getlength(name)) + 24
         if x + step > total and x > MARGIN:
             x, row = MARGIN, row + 1
         entries.append((x, row, name))
@@ -107,9 +107,9 @@ def compose(panels: dict[str, Image.Image]) -> Image.Image:
         picture.paste(panel, (left, TITLE))
     for left, row, name in entries:
         middle = top + row * ROW + ROW // 2
-        swatch = (left, middle - 7, left + 14, middle + 7)
-        draw.rounded_rectangle(swatch, radius=3, fill=PALETTE[name], outline=(170, 170, 170))
-        draw.text((left + 22, middle), name, fill=INK, font=font, anchor="lm")
+        swatch = (left, middle - 9, left + 18, middle + 9)
+        draw.rounded_rectangle(swatch, radius=4, fill=PALETTE[name], outline=(170, 170, 170))
+        draw.text((left + 26, middle), name, fill=INK, font=font, anchor="lm")
     return picture
 
 
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         found = segment(image, args.side)
         seconds = time.perf_counter() - start
-        image = ImageOps.contain(image, (720, 720))
+        image = ImageOps.contain(image, (640, 640))
         panels = {"image": image}
         for name, classes in found.items():
             small = Image.fromarray(classes.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,7 +82,7 @@ class FeatureMaps(nn.Module):
         view = view_patches(tensor, dim, self._orders[index], self._tracker, args, kwargs, output)
         # Conditional work would make a checkpoint's recomputation differ from its forward, so only the storing is.
         if self._maps is not None and view.grid is not None and not is_recomputing():
-            self._maps[index] = view.patches.mT.reshape(len(tensor), dim, *view.grid)
+            self._maps[index] = rearrange(view.patches, "b (h w) c -> b c h w", h=view.grid[0])
 
     def forward(self, images: Tensor, **kwargs: Any) -> list[Tensor]:
         """Runs the backbone.

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mgfc.backbones.grid import Grid, GridTracker
+
+_WINDOWS = "(b y x) (h w) c -> b (y h x w) c"
+_RASTER = "b (y h x w) c -> (b y x) (h w) c"
 
 
 class RasterOrder:
@@ -78,10 +82,8 @@ class WindowOrder:
         """Joins the windows of each image into one raster: (B*side*side, extra + n, C) -> (B, h*w, C)."""
         if grid is None:
             return PatchView(tokens, None)
-        windows, _, dim = tokens.shape
-        height, width = grid[0] // self.side, grid[1] // self.side
-        patches = tokens[:, self.leading :].reshape(-1, self.side, self.side, height, width, dim)
-        patches = patches.transpose(2, 3).reshape(windows // self.side**2, -1, dim)
+        patches = tokens[:, self.leading :]
+        patches = rearrange(patches, _WINDOWS, y=self.side, x=self.side, h=grid[0] // self.side)
         return PatchView(patches, grid, self.leading, windows_side=self.side)
 
 
@@ -116,15 +118,13 @@ class PatchView:
         """Gives (B, N, r) the block's own places, channels last, with zeros for the extra tokens."""
         if self.map_shape:
             assert self.grid is not None
-            return values.reshape(len(values), *self.grid, values.shape[-1])
+            return rearrange(values, "b (h w) c -> b h w c", h=self.grid[0])
         if self.inverse is not None:
             values = values[:, self.inverse]
         if self.windows_side:
             assert self.grid is not None
-            side, dim = self.windows_side, values.shape[-1]
-            height, width = self.grid[0] // side, self.grid[1] // side
-            values = values.reshape(-1, side, height, side, width, dim).transpose(2, 3)
-            values = values.reshape(-1, height * width, dim)
+            side, (height, width) = self.windows_side, self.grid
+            values = rearrange(values, _RASTER, y=side, x=side, h=height // side, w=width // side)
         if self.leading or self.trailing:
             values = F.pad(values, (0, 0, self.leading, self.trailing))
         return values

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,13 +41,12 @@ class FineCalib(nn.Module):
 
     def high_pass(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """HP(Z): (B, h*w, C) -> (B, h*w, C)."""
-        batch, _, dim = tokens.shape
         pad = self.kernel.shape[-1] // 2
-        maps = tokens.mT.reshape(batch, dim, *grid)
+        maps = rearrange(tokens, "b (h w) c -> b c h w", h=grid[0])
         # Not F.pad(mode="replicate"), whose backward gets other strides than torch.compile's inductor expects.
         maps = torch.cat([maps[:, :, :1]] * pad + [maps] + [maps[:, :, -1:]] * pad, dim=2)
         maps = torch.cat([maps[..., :1]] * pad + [maps] + [maps[..., -1:]] * pad, dim=3)
-        return F.conv2d(maps, self.kernel, groups=dim).flatten(2).mT
+        return F.conv2d(maps, self.kernel, groups=tokens.shape[-1]).flatten(2).mT
 
     def add(self, tokens: Tensor, detail: Tensor) -> Tensor:
         """Adds the detail where the patch asks for it: (B, N, C), (B, N, C) -> (B, N, C)."""
