@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 from collections.abc import Iterator
@@ -104,6 +105,17 @@ class Calibration(nn.Module):
         self._handles: list[Any] = []
         self._frozen_names: tuple[str, ...] = ()
         self._frozen_norms: list[nn.Module] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
+        """Within a copy of the backbone, belongs to that copy; copied alone, holds the parameters and no backbone."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = dict(self.__dict__)
+        if id(state.get("_backbone")) not in memo:
+            state.pop("_backbone", None)
+            state |= {"_handles": [], "_frozen_norms": [], "_orders": []}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        return twin
 
     @property
     def backbone(self) -> nn.Module:

@@ -430,6 +430,19 @@ def test_block_output_that_is_no_tokens(output: Any, message: str) -> None:
         model.forward_features(torch.randn(2, 3, 32, 48))
 
 
+def test_a_copy_of_the_calibration_alone_leaves_the_backbone_out() -> None:
+    model = make()
+    twin = copy.deepcopy(model.calibration)
+    assert same(twin.state_dict(), model.calibration.state_dict())
+    randomise(twin)
+    assert not same(twin.state_dict(), model.calibration.state_dict())
+    with pytest.raises(CalibrationError, match="not attached to a backbone"):
+        twin.summary()
+    kept = sum(isinstance(value, nn.Module) for value in vars(twin).values())
+    assert kept == 0
+    assert copy.deepcopy(model).calibration.backbone is not model
+
+
 def test_detached_calibration_says_so() -> None:
     model = make()
     calibration = model.calibration
