@@ -170,7 +170,8 @@ class Calibration(nn.Module):
                 names.append(name)
         self._frozen_names = tuple(names)
         self._frozen_norms = [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
-        self.train(self.training)
+        for norm in self._frozen_norms:
+            norm.eval()
 
     def train(self, mode: bool = True) -> Calibration:
         """Sets the calibrators' mode; the frozen backbone's BatchNorm layers stay in eval mode whoever sets theirs."""
@@ -391,9 +392,10 @@ def is_recomputing() -> bool:
 def _adapter_parameters(backbone: nn.Module) -> set[int]:
     """Parameters that PEFT put into a backbone: everything under a tuner layer except what it wraps."""
     found: set[int] = set()
+    bases = {"BaseTunerLayer", "AuxiliaryTrainingWrapper"}
+    tuners = tuple(cls for cls in set(map(type, backbone.modules())) if bases & {base.__name__ for base in cls.__mro__})
     for module in backbone.modules():
-        names = {cls.__name__ for cls in type(module).__mro__}
-        if names & {"BaseTunerLayer", "AuxiliaryTrainingWrapper"}:
+        if isinstance(module, tuners):
             wrapped = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
             base = {id(p) for p in wrapped.parameters()} if isinstance(wrapped, nn.Module) else set()
             found |= {id(p) for p in module.parameters() if id(p) not in base}

@@ -136,6 +136,7 @@ def _follow(calibration: Calibration, root: nn.Module) -> None:
     """Moves the calibrators to the backbone's device; half precision is no place to train, so they stay in float32."""
     reference = next((p for p in root.parameters() if p.is_floating_point()), None)
     if reference is not None:
-        dtype = torch.promote_types(reference.dtype, torch.float32)
-        calibration.to(device=reference.device, dtype=dtype)
+        place = (reference.device, torch.promote_types(reference.dtype, torch.float32))
+        if any((p.device, p.dtype) != place for p in calibration.parameters()):
+            calibration.to(*place)
     calibration.train(root.training)

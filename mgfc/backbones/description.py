@@ -26,9 +26,9 @@ def _feed_forward_maps(block: nn.Module) -> list[tuple[str, nn.Module]]:
     maps = [
         (name, module)
         for name, module in block.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
+        if ("out_features" in vars(module) or "out_channels" in vars(module))
+        and isinstance(getattr(module, "weight", None), Tensor)
         and module.weight.ndim in (2, 4)
-        and (hasattr(module, "out_features") or hasattr(module, "out_channels"))
     ]
     feed_forward = [(name, m) for name, m in maps if _last(_FEED_FORWARD, name) > _last(_ATTENTION, name)]
     if not maps:
@@ -120,7 +120,7 @@ def patch_size(tower: Tower) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def fingerprint(tower: Tower) -> list[float]:
-    """One number a block that tells a backbone's weights: the norm of every eighth row of its last linear map.
+    """One number a block that tells a backbone's weights: the norm of every 32nd row of its last linear map.
 
     The same for every library's form of the same weights, and nearly so in another precision.
     """
@@ -128,7 +128,7 @@ def fingerprint(tower: Tower) -> list[float]:
     for block in tower.modules():
         weight: Any = output_linear(block).weight
         rows = weight.dequantize() if weight.is_quantized else weight
-        norms.append(float(rows[::8].detach().float().norm()))
+        norms.append(float(rows[::32].detach().float().norm()))
     return [float(f"{norm:.6g}") for norm in norms]
 
 
