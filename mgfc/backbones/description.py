@@ -93,16 +93,19 @@ def _trailing_name(tower: Tower) -> str:
 
 def token_orders(tower: Tower) -> list[Order]:
     """How each block orders its sequence of tokens."""
-    trailing = sum(n for name, n in _learnt_tokens(tower).items() if _trailing_name(tower) in name)
-    owner = next((module for module in tower.root.modules() if hasattr(module, "reroll")), None)
+    owner = next(
+        (module for module in tower.root.modules() if hasattr(type(module), "reroll") or "reroll" in module._modules), None
+    )
     if owner is not None:
         stages = [int(re.findall(r"\d+", name)[0]) for name in tower.blocks]
         return [MaskUnitOrder(owner, stage) for stage in stages]
+    leading = num_prefix_tokens(tower)
     config = getattr(tower.root, "config", None)
     side = getattr(config, "num_windows_side", None) or getattr(config, "num_windows", None)
     if isinstance(side, int) and side > 1:
-        return [WindowOrder(side, num_prefix_tokens(tower)) for _ in tower.blocks]
-    return [RasterOrder(num_prefix_tokens(tower), trailing) for _ in tower.blocks]
+        return [WindowOrder(side, leading) for _ in tower.blocks]
+    trailing = sum(n for name, n in _learnt_tokens(tower).items() if _trailing_name(tower) in name)
+    return [RasterOrder(leading, trailing) for _ in tower.blocks]
 
 
 def patch_size(tower: Tower) -> tuple[int, int] | None:
