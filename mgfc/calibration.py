@@ -92,9 +92,9 @@ class Calibration(nn.Module):
                 f"narrowest calibrated block, found {config.rank}. Choose a smaller rank."
             )
         self.layers = nn.ModuleDict(_build_layers(config, indices, self.dims))
-        shared = config.medium is not None
-        prototypes = torch.randn(config.medium.num_prototypes, config.rank) if config.medium is not None else None
-        self.prototypes = nn.Parameter(prototypes) if shared and prototypes is not None else None
+        self.prototypes: nn.Parameter | None = None
+        if config.medium is not None:
+            self.prototypes = nn.Parameter(torch.randn(config.medium.num_prototypes, config.rank))
         num_classes, weights = config.num_classes or 0, config.loss_weights
         self.presence = nn.Linear(config.rank, num_classes) if "coarse" in weights else None
         self.boundary = nn.Linear(config.rank, 1) if "fine" in weights else None
@@ -209,7 +209,7 @@ class Calibration(nn.Module):
         recording = self.training and torch.is_grad_enabled() and bool(self.config.loss_weights)
         if not recording or is_recomputing():
             return None
-        self._records[index] = record = {"grid": view.grid}
+        self._records[index] = record = {"grid": view.grid, "batch": len(view.patches)}
         return record
 
     def _report(self, index: int, tensor: Tensor, refined: Tensor, view: PatchView) -> BlockReport:
@@ -259,8 +259,7 @@ class Calibration(nn.Module):
                 "since the last call. Call the backbone, then .loss(labels) once."
             )
         records = list(self._records.values())
-        batch = next(value for value in records[0].values() if isinstance(value, Tensor)).shape[0]
-        check_labels(labels, batch, self.config.num_classes or 0, ignore_index)
+        check_labels(labels, records[0]["batch"], self.config.num_classes or 0, ignore_index)
         self._records.clear()
         functions = {"coarse": self._coarse_loss, "medium": self._medium_loss, "fine": self._fine_loss}
         return {name: weight * functions[name](records, labels, ignore_index) for name, weight in weights.items()}
@@ -273,7 +272,8 @@ class Calibration(nn.Module):
     def _coarse_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.presence is not None
         logits = [self.presence(record["scene"]).amax(dim=1) for record in records if "scene" in record]
-        return torch.stack([coarse_loss(item, labels, ignore_index) for item in logits]).mean()
+        terms = [coarse_loss(item, labels, ignore_index) for item in logits]
+        return torch.stack(terms).mean() if terms else self.presence.weight.sum() * 0
 
     def _medium_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.prototypes is not None and self.config.num_classes is not None

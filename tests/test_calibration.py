@@ -160,7 +160,33 @@ def test_bad_labels(labels: Any, message: str) -> None:
     model.calibration.loss(torch.zeros(2, 8, 8, dtype=torch.long))  # the records are still there
 
 
-def test_losses_without_grid_or_stage() -> None:
+def test_losses_of_stages_on_some_blocks() -> None:
+    config = MGFCConfig(
+        rank=8,
+        num_classes=5,
+        coarse=CoarseConfig(layers="last:1", loss_weight=1.0),
+        medium=MediumConfig(layers=(1,), loss_weight=1.0),
+        fine=FineConfig(layers="last:1", loss_weight=1.0),
+    )
+    model = make(config).train()
+    model(torch.randn(2, 3, 32, 48))
+    terms = model.calibration.losses(torch.randint(0, 5, (2, 32, 48)))
+    assert all(value > 0 for value in terms.values())
+    sum(terms.values()).backward()
+    reached = {name.split(".")[1] for name, grad in gradients(model.calibration).items() if "layers" in name and grad.any()}
+    assert reached == {"0", "1", "2"}
+
+
+def test_losses_of_padded_batches_are_zero() -> None:
+    case = next(case for case in CASES if case.architecture == "NaFlexVit" and callable(case.kwargs))
+    model = wrap_backbone(case.build(), LOSSES).train()
+    case.call(model, case.images())
+    terms = model.calibration.losses(torch.randint(0, 5, (2, 32, 48)))
+    assert all(value == 0 for value in terms.values())
+    sum(terms.values()).backward()
+
+
+def test_losses_without_grid() -> None:
     """Dropped patches have no labels: the losses that need places are 0, and stay differentiable."""
     model = make(LOSSES, patch_drop_rate=0.5, dynamic_img_size=False).train()
     model(torch.randn(2, 3, 32, 32))
