@@ -148,7 +148,7 @@ def test_config_json_describes_the_backbone(saved: Path) -> None:
         "training": {},
         "license": "apache-2.0",
     }
-    expected = [block.mlp.fc2.weight[::8].norm().item() for block in tiny_vit().blocks]
+    expected = [block.mlp.fc2.weight[::32].norm().item() for block in tiny_vit().blocks]
     assert fingerprint == pytest.approx(expected, rel=1e-5)
 
 

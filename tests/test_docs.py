@@ -156,7 +156,7 @@ def test_navigation_lists_every_page() -> None:
     assert set(yaml.safe_load(text)["nav"]) == {page.name for page in PAGES[1:]}
 
 
-@pytest.mark.parametrize(("name", "command"), [("demo", "python examples/segment.py"), ("test", "pytest -n 2")])
+@pytest.mark.parametrize(("name", "command"), [("demo", "python examples/segment.py"), ("test", "pytest -n 2 --cov")])
 def test_the_commands_of_the_readme_can_be_extracted(name: str, command: str) -> None:
     readme = (ROOT / "README.md").read_text()
     (found,) = re.findall(rf"<!-- {name} command -->\n```bash\n(.*)\n```\n<!-- end -->", readme)

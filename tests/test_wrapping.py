@@ -136,12 +136,10 @@ def test_blocks_and_grid(case: Case) -> None:
     assert_unchanged(model, before)
 
 
-@every_class
+@pytest.mark.parametrize("case", [c for c in SUPPORTED if c.grids[0] is not None], ids=lambda case: case.name)
 @torch.no_grad()
 def test_patches_are_in_their_places(case: Case) -> None:
     """The most changed patch is that of the perturbed image cell, and refinement goes back to where it came from."""
-    if case.grids[0] is None:
-        pytest.skip("no grid")
     model, calibration = wrapped(case)
     with calibration.disabled():
         seen: dict[int, Tensor] = {}
@@ -202,10 +200,8 @@ def test_refinement_reaches_successors_and_feature_maps(case: Case) -> None:
                 assert differ[-depth:] == [n >= index for n in range(depth)]
 
 
-@every_class
+@pytest.mark.parametrize("case", [c for c in SUPPORTED if "features_only" in c.features], ids=lambda case: case.name)
 def test_features_only(case: Case) -> None:
-    if "features_only" not in case.features:
-        pytest.skip("timm offers no features_only for it")
     model, images = case.build(features_only=True, out_indices=(0, 1, 2) if case.tier == 1 else (0, 1)), case.images()
     with torch.no_grad():
         bare = model(images)
