@@ -29,13 +29,18 @@ from mgfc import (
 )
 from mgfc.backbones.detection import find_tower
 
-LOSSES = MGFCConfig(
-    rank=8,
-    num_classes=5,
-    coarse=CoarseConfig(loss_weight=0.5),
-    medium=MediumConfig(loss_weight=0.25),
-    fine=FineConfig(loss_weight=0.125),
-)
+
+def weighted(scale: float) -> MGFCConfig:
+    return MGFCConfig(
+        rank=8,
+        num_classes=5,
+        coarse=CoarseConfig(loss_weight=0.5 * scale),
+        medium=MediumConfig(loss_weight=0.25 * scale),
+        fine=FineConfig(loss_weight=0.125 * scale),
+    )
+
+
+LOSSES = weighted(1.0)
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 
 
@@ -66,14 +71,7 @@ def test_losses_are_weighted_terms_and_free_their_records() -> None:
     terms = model.calibration.losses(labels)
     assert list(terms) == ["coarse", "medium", "fine"]
     assert not model.calibration._records
-    doubled = MGFCConfig(
-        rank=8,
-        num_classes=5,
-        coarse=CoarseConfig(loss_weight=1.0),
-        medium=MediumConfig(loss_weight=0.5),
-        fine=FineConfig(loss_weight=0.25),
-    )
-    twin = make(doubled).train()
+    twin = make(weighted(2.0)).train()
     twin(images)
     assert all(torch.equal(2 * terms[name], value) for name, value in twin.calibration.losses(labels).items())
     model(images)
