@@ -272,8 +272,7 @@ class Calibration(nn.Module):
     def _coarse_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.presence is not None
         logits = [self.presence(record["scene"]).amax(dim=1) for record in records if "scene" in record]
-        terms = [coarse_loss(item, labels, ignore_index) for item in logits]
-        return torch.stack(terms).mean() if terms else self.presence.weight.sum() * 0
+        return coarse_loss(torch.stack(logits), labels, ignore_index) if logits else self.presence.weight.sum() * 0
 
     def _medium_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.prototypes is not None and self.config.num_classes is not None

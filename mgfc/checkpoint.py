@@ -61,7 +61,7 @@ def save_pretrained(
     Raises:
         ConfigError: if `training` or the head's `arguments` cannot be written as JSON.
     """
-    from mgfc.hub import model_card
+    from mgfc.hub import is_edited_card, model_card
 
     _check_notes(training or {})
     backbone = describe(calibration.tower)
@@ -82,7 +82,8 @@ def save_pretrained(
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training, head.arguments: expected what JSON can hold, found otherwise ({error}).") from None
     files: dict[str, bytes | nn.Module | None] = {CONFIG: text.encode(), WEIGHTS: calibration, HEAD: head}
-    if not _has_edited_card(Path(directory)):
+    card = Path(directory) / CARD
+    if not (card.is_file() and is_edited_card(card)):
         files[CARD] = model_card(content, calibration.num_parameters).encode()
     _write_together(Path(directory), files)
 
@@ -93,13 +94,6 @@ def _check_notes(training: Mapping[str, Any]) -> None:
         raise ConfigError(f"training: expected metrics to be a dict of figures, found {metrics!r}.")
     if not isinstance(datasets, (list, tuple)) or not all(isinstance(name, str) for name in datasets):
         raise ConfigError(f"training: expected datasets to be a list of names, found {datasets!r}.")
-
-
-def _has_edited_card(directory: Path) -> bool:
-    from mgfc.hub import CARD_MARK
-
-    card = directory / CARD
-    return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _write_together(directory: Path, files: Mapping[str, bytes | nn.Module | None]) -> None:

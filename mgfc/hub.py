@@ -163,10 +163,16 @@ def push_to_hub(
 def _has_edited_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     from huggingface_hub import errors
 
+    from mgfc.checkpoint import CARD
+
     try:
-        card = Path(api.hf_hub_download(repo_id, "README.md", revision=revision))
+        return is_edited_card(Path(api.hf_hub_download(repo_id, CARD, revision=revision)))
     except errors.RemoteEntryNotFoundError:
         return False
+
+
+def is_edited_card(card: Path) -> bool:
+    """Whether somebody made a model card their own, by removing the mark of a generated one."""
     return CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
 
 

@@ -65,17 +65,17 @@ def coarse_loss(presence: Tensor, labels: Tensor, ignore_index: int = 255) -> Te
     """Which categories the scene holds, as a multi-label problem.
 
     Args:
-        presence: (B, K) logits.
+        presence: (..., B, K) logits.
         labels: (B, H, W) class ids.
         ignore_index: id of pixels that do not count.
 
     Returns:
         Scalar: mean binary cross-entropy.
     """
-    target = torch.zeros_like(presence, dtype=torch.float32)
+    target = torch.zeros(presence.shape[-2:], device=presence.device)
     for image, ids in enumerate(labels.long()):
         target[image, ids[ids != ignore_index].unique()] = 1.0
-    return F.binary_cross_entropy_with_logits(presence.float(), target)
+    return F.binary_cross_entropy_with_logits(presence.float(), target.expand_as(presence))
 
 
 def medium_loss(similarity: Tensor, prototypes: Tensor, mix: Tensor) -> Tensor:
