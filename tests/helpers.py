@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from mgfc import Calibration
 
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
+"""Of a tiny timm ViT."""
+
 
 def randomise(module: nn.Module, std: float = 0.3) -> None:
     """Makes every parameter non-trivial, as training would."""

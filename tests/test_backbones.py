@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers import SIZES
 from torch import Tensor, nn
 from zoo import CASES
 
@@ -18,8 +19,6 @@ from mgfc.backbones.description import block_width, describe, fingerprint, patch
 from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, tag
 from mgfc.backbones.layout import MaskUnitOrder, RasterOrder, padding, pick_tensor, put_tensor, view_patches
-
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 
 def build(name: str) -> nn.Module:

@@ -6,6 +6,7 @@ import copy
 import io
 from typing import Any
 
+import helpers
 import pytest
 import timm
 import torch
@@ -41,7 +42,7 @@ def weighted(scale: float) -> MGFCConfig:
 
 
 LOSSES = weighted(1.0)
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+SIZES = {**helpers.SIZES, "num_classes": 5}
 
 
 def make(config: MGFCConfig | None = None, *, trained: bool = True, **kwargs: Any) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import helpers
 import lightning
 import timm
 import torch
@@ -17,7 +18,7 @@ from zoo import CASES
 from mgfc import FeatureMaps, MGFCConfig, SegmentationHead, get_calibration, wrap_backbone
 
 CONFIG = MGFCConfig(rank=4)
-SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 0}
+SIZES = {**helpers.SIZES, "num_classes": 0}
 
 
 def build(name: str) -> Any:

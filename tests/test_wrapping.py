@@ -6,13 +6,14 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
-from helpers import assert_unchanged, only_layer, randomise, same, snapshot, tensors
-from test_zoo import flat, perturbed
+from helpers import SIZES, assert_unchanged, only_layer, randomise, same, snapshot, tensors
+from test_zoo import flat, grid_starts, in_raster_order
 from torch import Tensor, nn
 from zoo import Case, cases
 
@@ -158,22 +159,12 @@ def test_patches_are_in_their_places(case: Case) -> None:
 
         for index, name in enumerate(case.blocks):
             model.get_submodule(name).register_forward_hook(keep(index), with_kwargs=True)
-        starts = [n for n, g in enumerate(case.grids) if n == 0 or (g != case.grids[n - 1] and g and min(g) > 2)]
-        for start in starts:
-            assert is_raster(case, model, start, seen)
 
+        def patches(images: Tensor, index: int) -> Tensor:
+            case.call(model, images)
+            return seen[index]
 
-def is_raster(case: Case, model: nn.Module, start: int, seen: dict[int, Tensor]) -> bool:
-    change, grid = torch.zeros(()), case.grids[start]
-    assert grid is not None
-    for seed in range(3):
-        images, cells = perturbed(case, grid, seed)
-        case.call(model, images)
-        change = change + (seen[start][1:] - seen[start][:1]).norm(dim=-1)
-    found = [divmod(k, grid[1]) for k in change.argmax(dim=1).tolist()]
-    near = all(max(abs(r - y), abs(c - x)) <= 1 for (r, c), (y, x) in zip(cells, found, strict=True))
-    pairs = zip(zip(*cells, strict=True), zip(*found, strict=True), strict=True)
-    return near and all(torch.corrcoef(torch.tensor(pair, dtype=torch.float))[0, 1] > 0.8 for pair in pairs)
+        assert all(in_raster_order(case, n, partial(patches, index=n), leading=0) for n in grid_starts(case))
 
 
 @every_class
@@ -298,8 +289,7 @@ def test_tier_3_works_or_says_why(case: Case) -> None:
 
 
 def tiny() -> nn.Module:
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
-    return timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **sizes)
+    return timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, num_classes=5, **SIZES)
 
 
 def test_second_wrap_raises() -> None:
