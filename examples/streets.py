@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ PALETTE = {
 }
 CLASSES = tuple(PALETTE)
 IGNORE = 255
+Pair = tuple[Image.Image, Image.Image]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -54,7 +55,10 @@ class StreetScenes(Dataset[tuple[Image.Image, Image.Image]]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
+    def __iter__(self) -> Iterator[Pair]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Pair:
         name = self.names[index]
         with Image.open(self.root / "images" / f"{name}.jpg") as image:
             image = image.convert("RGB")
@@ -74,7 +78,7 @@ class TrainingCrops(Dataset[tuple[Tensor, Tensor]]):
         stop: the item after the last.
     """
 
-    def __init__(self, scenes: StreetScenes, size: tuple[int, int], seed: int, start: int, stop: int) -> None:
+    def __init__(self, scenes: Sequence[Pair], size: tuple[int, int], seed: int, start: int, stop: int) -> None:
         self.scenes, self.size, self.seed = scenes, size, seed
         self.items = range(start, stop)
 
@@ -130,7 +134,7 @@ class Scores:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, scenes: StreetScenes, size: tuple[int, int] = (336, 448), title: str = "") -> Scores:
+def evaluate(model: nn.Module, scenes: Iterable[Pair], size: tuple[int, int] = (336, 448), title: str = "") -> Scores:
     """Scores a model at the labels' own resolution.
 
     Args:
@@ -143,12 +147,12 @@ def evaluate(model: nn.Module, scenes: StreetScenes, size: tuple[int, int] = (33
     device = next(model.parameters()).device
     num_classes = len(CLASSES)
     confusion = torch.zeros(num_classes**2, dtype=torch.long)
-    for image, label in tqdm(_each(scenes), desc=title, total=len(scenes), mininterval=5):
+    for image, label in tqdm(scenes, desc=title, mininterval=5):
         pixels = normalise(image.resize(size[::-1], Image.Resampling.BILINEAR)).unsqueeze(0).to(device)
         logits = F.interpolate(model(pixels), size=label.size[::-1], mode="bilinear", align_corners=False)
         target = torch.from_numpy(np.array(label)).long()
         valid = target != IGNORE
-        found = logits[0].argmax(dim=0).cpu()
+        found = logits[0].max(dim=0).indices.cpu()  # several times as fast as argmax on a CPU
         confusion += torch.bincount(target[valid] * num_classes + found[valid], minlength=num_classes**2)
     table = confusion.view(num_classes, num_classes)
     union = table.sum(0) + table.sum(1) - table.diag()
@@ -172,7 +176,3 @@ def load_bare_head(directory: str | Path) -> SegmentationHead:
     head = SegmentationHead(**config["head"]["arguments"])
     head.load_state_dict(load_file(Path(directory) / "head.safetensors"))
     return head
-
-
-def _each(scenes: StreetScenes) -> Iterator[tuple[Image.Image, Image.Image]]:
-    return (scenes[index] for index in range(len(scenes)))

@@ -1,0 +1,315 @@
+"""The benchmark's parts: peers against their equations, corruptions, splits, statistics, and runs that resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import same
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+pytest.importorskip("transformers")
+pytest.importorskip("albumentations")
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))
+
+from domain_generalization import __main__ as command  # noqa: E402
+from domain_generalization import report, training  # noqa: E402
+from domain_generalization.corruptions import KINDS, STRENGTHS, corrupt  # noqa: E402
+from domain_generalization.domains import SOURCES, Target, open_split, spread, targets  # noqa: E402
+from domain_generalization.methods import METHODS  # noqa: E402
+from domain_generalization.peers.haar import HaarTokens, haar, inverse_haar  # noqa: E402
+from domain_generalization.peers.rein import Rein  # noqa: E402
+from tiny import tiny_dinov2  # noqa: E402
+
+
+def tokens_of(vit: nn.Module, images: Tensor) -> Tensor:
+    return vit(images, output_hidden_states=True).hidden_states[-1]
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 42, 70)
+
+
+class TestMethods:
+    @pytest.mark.parametrize("method", ["frozen", "full", "lora_attention", "lora_all", "dora_all", "adaptformer", "mgfc"])
+    def test_starts_as_the_bare_backbone(self, method: str, images: Tensor) -> None:
+        vit = tiny_dinov2()
+        bare = tokens_of(vit, images)
+        METHODS[method](vit, **({"rank": 8} if method == "mgfc" else {}))
+        torch.testing.assert_close(tokens_of(vit, images), bare, rtol=1e-5, atol=1e-5)
+
+    def test_soma_moves_minor_components_and_keeps_the_function(self, images: Tensor) -> None:
+        vit = tiny_dinov2()
+        bare = tokens_of(vit, images)
+        weight = vit.encoder.layer[0].mlp.fc1.weight.detach().clone()
+        METHODS["soma"](vit, rank=4)
+        torch.testing.assert_close(tokens_of(vit, images), bare, rtol=1e-4, atol=1e-4)
+        layer = vit.encoder.layer[0].mlp.fc1
+        minor = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        singular = torch.linalg.svdvals(weight)
+        torch.testing.assert_close(torch.linalg.svdvals(minor)[:4], singular[-4:], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(torch.linalg.svdvals(layer.base_layer.weight)[:-4], singular[:-4], rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_all_that_it_trains_gets_a_gradient_and_nothing_else(self, method: str, images: Tensor) -> None:
+        vit = tiny_dinov2()
+        before = {name: p.detach().clone() for name, p in vit.named_parameters()}
+        METHODS[method](vit, **({"rank": 8} if method == "mgfc" else {}))
+        trained = {name for name, p in vit.named_parameters() if p.requires_grad}
+        if method == "full":
+            assert trained == set(before) - {"embeddings.mask_token"}
+        elif method == "frozen":
+            assert not trained
+            return
+        else:
+            assert not trained & set(before)
+        vit.train()
+        for _ in range(3):  # what is behind a zero gate or matrix gets its gradient later
+            tokens = tokens_of(vit, images)
+            (tokens.float() ** 3).mean().backward()
+            with torch.no_grad():
+                for name, parameter in vit.named_parameters():
+                    if parameter.grad is not None and name in trained:
+                        parameter -= 0.1 * parameter.grad.sign()
+        # The last block's class token and final norm do not reach the patches of its own output.
+        unreached = {"layernorm.weight", "layernorm.bias"} if method == "full" else set()
+        without = {name for name, p in vit.named_parameters() if name in trained and (p.grad is None or not p.grad.any())}
+        assert without <= unreached, without
+
+    def test_prompts_leave_no_tokens_behind_and_change_the_others(self, images: Tensor) -> None:
+        vit = tiny_dinov2()
+        bare = tokens_of(vit, images)
+        METHODS["vpt_deep"](vit)
+        prompted = tokens_of(vit, images)
+        assert prompted.shape == bare.shape
+        assert not torch.allclose(prompted, bare)
+
+
+class TestRein:
+    def test_is_its_equations(self) -> None:
+        rein = Rein(depth=2, dim=12, num_tokens=5, rank=3)
+        with torch.no_grad():
+            rein.scale.fill_(0.7)
+        patches = torch.randn(1, 6, 12)
+        tokens = rein.a[1] @ rein.b[1]
+        expected = []
+        for patch in patches[0]:
+            logits = torch.stack([patch @ token / math.sqrt(12) for token in tokens])
+            weights = logits.softmax(0)
+            drawn = sum(weights[k] * rein.token_to_feature(tokens[k]) for k in range(1, 5))
+            expected.append(patch + 0.7 * rein.delta(patch + drawn))
+        torch.testing.assert_close(rein(patches, 1)[0], torch.stack(expected))
+
+
+class TestHaar:
+    def test_inverse(self) -> None:
+        maps = torch.randn(2, 3, 6, 10)
+        torch.testing.assert_close(inverse_haar(haar(maps)), maps)
+
+    def test_a_constant_is_in_the_low_band_alone_and_edges_in_their_own(self) -> None:
+        assert not haar(torch.ones(1, 1, 4, 6))[1:].any()
+        stripes = torch.tensor([1.0, -1.0]).repeat(3).expand(1, 1, 4, 6)
+        low, horizontal, vertical, diagonal = haar(stripes)
+        assert horizontal.any()
+        assert not low.any()
+        assert not vertical.any()
+        assert not diagonal.any()
+        assert haar(stripes.mT)[2].any()
+
+    def test_patches_keep_their_places_on_an_odd_grid(self) -> None:
+        module = HaarTokens(depth=1, dim=8)
+        with torch.no_grad():
+            module.scale.fill_(1)
+        patches = torch.randn(1, 5 * 7, 8)
+        changed = patches.clone().view(1, 5, 7, 8)
+        changed[:, 4, 6] += 1
+        with torch.no_grad():
+            module.high.normalise = False
+            delta = (module(changed.view(1, 35, 8), (5, 7), 0) - module(patches, (5, 7), 0)).view(5, 7, 8).abs().sum(-1)
+        assert delta[4, 6] > 0
+        assert not delta[:4, :6].any()
+
+
+class TestCorruptions:
+    photograph = Image.fromarray(
+        np.uint8(127 + 80 * np.sin(np.linspace(0, 9, 120))[None, :, None] * np.cos(np.linspace(0, 7, 90))[:, None, None])
+        + np.zeros((1, 1, 3), np.uint8)
+    )
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_seeded_and_stronger_by_strength(self, kind: str) -> None:
+        clean = np.asarray(self.photograph, dtype=float)
+        copies = [np.asarray(corrupt(self.photograph, kind, strength, seed=5), dtype=float) for strength in STRENGTHS]
+        for strength, copy in zip(STRENGTHS, copies, strict=True):
+            assert np.array_equal(copy, np.asarray(corrupt(self.photograph, kind, strength, seed=5)))
+            assert copy.shape == clean.shape
+        distances = [np.abs(copy - clean).mean() for copy in copies]
+        assert 0 < distances[0] < distances[1] < distances[2], distances
+
+    def test_another_seed_is_another_draw(self) -> None:
+        first, second = (np.asarray(corrupt(self.photograph, "noise", 0, seed)) for seed in (1, 2))
+        assert not np.array_equal(first, second)
+
+    def test_unknown(self) -> None:
+        with pytest.raises(ValueError, match="Expected one of fog, night.*found 'hail'"):
+            corrupt(self.photograph, "hail", 0, 0)
+
+
+class TestDomains:
+    @pytest.mark.parametrize("name", SOURCES)
+    def test_no_frame_is_in_two_roles(self, name: str, shared: Callable[[str], Path]) -> None:
+        data, source = shared("data"), SOURCES[name]
+        roles = [source.train, source.val, *source.development.values(), *source.test.values()]
+        if source.in_domain != source.val:
+            roles.append(source.in_domain)
+        frames = [f"{place.split(':')[0]}/{frame}" for place in roles for frame in open_split(data, place).names]
+        assert len(frames) == len(set(frames))
+
+    def test_spread(self) -> None:
+        assert spread(10, 5) == [0, 2, 4, 6, 8]
+        assert spread(3, 5) == [0, 1, 2]
+        assert spread(3, None) == [0, 1, 2]
+        assert len(set(spread(577, 48))) == 48
+
+    def test_corrupted_copies_come_in_all_strengths_with_the_labels_of_the_clean_image(
+        self, shared: Callable[[str], Path]
+    ) -> None:
+        found = targets(shared("data"), SOURCES["synth_town"], "test", 24)
+        assert set(found) == {"day", "dusk", *KINDS}
+        clean = [np.asarray(label) for _, label in Target(found["noise"].scenes, found["noise"].count)]
+        noisy = list(found["noise"])
+        assert len(noisy) == 2 * 6
+        assert all(np.array_equal(label, expected) for (_, label), expected in zip(noisy, clean, strict=True))
+
+
+def record(seed: int, day: float, fog: float, val: float = 50.0) -> dict[str, Any]:
+    return {"settings": {"seed": seed}, "miou": {"val": val, "day": day, "fog": fog}}
+
+
+class TestReport:
+    def test_means(self) -> None:
+        one = record(0, 40, 20)
+        assert [report.score(one, of) for of in ("unseen", "clean", "corrupted", "in-domain", "fog")] == [30, 40, 20, 50, 20]
+
+    def test_paired_interval(self) -> None:
+        # Differences 1, 2, 3: mean 2, sd 1, half width 4.303 / sqrt(3).
+        found = report.difference({0: 11.0, 1: 22.0, 2: 33.0, 7: 0.0}, {0: 10.0, 1: 20.0, 2: 30.0})
+        assert found.pairs == 3
+        assert found.mean == pytest.approx(2)
+        assert found.half_width == pytest.approx(2.4843, abs=1e-3)
+        assert str(found) == "+2.00 [-0.48, +4.48]"
+
+    def test_one_seed_has_no_interval(self) -> None:
+        assert str(report.difference({0: 1.0}, {0: 2.0})) == "-1.00 (one seed)"
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Random scenes under the names of the real splits."""
+    draw = np.random.default_rng(0)
+    places = {
+        place for s in SOURCES.values() for place in (s.train, s.val, s.in_domain, *s.development.values(), *s.test.values())
+    }
+    for place in sorted(places):
+        dataset, split = place.split(":")
+        for folder in ("images", "labels", "splits"):
+            (tmp_path / dataset / folder).mkdir(parents=True, exist_ok=True)
+        names = [f"{split}{index}" for index in range(3)]
+        (tmp_path / dataset / "splits" / f"{split}.txt").write_text("\n".join(names))
+        for name in names:
+            pixels = draw.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / dataset / "images" / f"{name}.jpg")
+            labels = draw.choice([0, 1, 3, 255], (60, 80)).astype(np.uint8)
+            Image.fromarray(labels).save(tmp_path / dataset / "labels" / f"{name}.png")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("backbone") / "tiny"
+    tiny_dinov2(num_hidden_layers=12).save_pretrained(directory)
+    return directory
+
+
+def tiny_settings(**changes: Any) -> training.Settings:
+    values: dict[str, Any] = {"method": "mgfc", "source": "camvid_day", "seed": 0, "lr": 1e-3, "steps": 4, "batch_size": 2}
+    values |= {"crop": (28, 42), "size": (42, 56), "count": 2, "options": {"rank": 8}}
+    return training.Settings(**(values | changes))
+
+
+class TestRuns:
+    def test_resumes_where_it_was(self, data: Path, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        settings, checkpoint = tiny_settings(average=0.5), tmp_path / "run.pt"
+        whole = training.build(settings, backbone)
+        training.train(whole, settings, data, tmp_path / "never.pt", save_every=math.inf)
+
+        class Power(Exception):
+            pass
+
+        calls = 0
+        cross_entropy = F.cross_entropy
+
+        def fail(*args: Any, **options: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                raise Power
+            return cross_entropy(*args, **options)
+
+        interrupted = training.build(settings, backbone)
+        with monkeypatch.context() as patch, pytest.raises(Power):
+            patch.setattr(F, "cross_entropy", fail)
+            training.train(interrupted, settings, data, checkpoint, save_every=0)
+        resumed = training.build(settings, backbone)
+        training.train(resumed, settings, data, checkpoint, save_every=math.inf)
+        assert same(resumed.state_dict(), whole.state_dict())
+
+    def test_heads_start_alike_whatever_the_method(self, backbone: Path) -> None:
+        heads = [
+            training.build(tiny_settings(method=m, options={}), backbone)[1].state_dict() for m in ("frozen", "rein", "haar")
+        ]
+        assert same(heads[0], heads[1])
+        assert same(heads[0], heads[2])
+
+    def test_command_writes_one_line_a_run_and_does_none_twice(
+        self, data: Path, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        results = tmp_path / "results" / "runs.jsonl"
+        arguments = [
+            "run",
+            "--method",
+            "lora_attention",
+            "--source",
+            "synth_town",
+            "--seed",
+            "3",
+            "--lr",
+            "1e-3",
+            "--steps",
+            "1",
+        ]
+        arguments += ["--batch-size", "1", "--crop", "28", "42", "--size", "42", "56", "--count", "3"]
+        arguments += ["--data", str(data), "--backbone", str(backbone), "--results", str(results)]
+        command.main(arguments)
+        command.main(arguments)
+        assert "done before" in capsys.readouterr().out
+        (line,) = results.read_text().splitlines()
+        found = json.loads(line)
+        assert set(found["miou"]) == {"val", "day", "dusk", *KINDS}
+        assert found["settings"]["lr"] == 1e-3
+        assert found["parameters"] > 0
+        assert found["seconds_per_step"] > 0
+        assert not list(results.parent.glob(".*.pt"))
