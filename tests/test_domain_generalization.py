@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 
 from domain_generalization import __main__ as command  # noqa: E402
-from domain_generalization import report, training  # noqa: E402
+from domain_generalization import plan, report, training  # noqa: E402
 from domain_generalization.corruptions import KINDS, STRENGTHS, corrupt  # noqa: E402
 from domain_generalization.domains import SOURCES, Target, open_split, spread, targets  # noqa: E402
 from domain_generalization.methods import METHODS  # noqa: E402
@@ -163,7 +163,7 @@ class TestCorruptions:
         assert not np.array_equal(first, second)
 
     def test_unknown(self) -> None:
-        with pytest.raises(ValueError, match="Expected one of fog, night.*found 'hail'"):
+        with pytest.raises(ValueError, match=r"Expected one of fog, night.*found 'hail'"):
             corrupt(self.photograph, "hail", 0, 0)
 
 
@@ -256,7 +256,7 @@ class TestRuns:
         whole = training.build(settings, backbone)
         training.train(whole, settings, data, tmp_path / "never.pt", save_every=math.inf)
 
-        class Power(Exception):
+        class PowerCutError(Exception):
             pass
 
         calls = 0
@@ -266,46 +266,33 @@ class TestRuns:
             nonlocal calls
             calls += 1
             if calls == 4:
-                raise Power
+                raise PowerCutError
             return cross_entropy(*args, **options)
 
         interrupted = training.build(settings, backbone)
-        with monkeypatch.context() as patch, pytest.raises(Power):
-            patch.setattr(F, "cross_entropy", fail)
+        monkeypatch.setattr(F, "cross_entropy", fail)
+        with pytest.raises(PowerCutError):
             training.train(interrupted, settings, data, checkpoint, save_every=0)
+        monkeypatch.setattr(F, "cross_entropy", cross_entropy)
         resumed = training.build(settings, backbone)
         training.train(resumed, settings, data, checkpoint, save_every=math.inf)
         assert same(resumed.state_dict(), whole.state_dict())
 
     def test_heads_start_alike_whatever_the_method(self, backbone: Path) -> None:
-        heads = [
-            training.build(tiny_settings(method=m, options={}), backbone)[1].state_dict() for m in ("frozen", "rein", "haar")
-        ]
-        assert same(heads[0], heads[1])
-        assert same(heads[0], heads[2])
+        models = [training.build(tiny_settings(method=method, options={}), backbone) for method in ("frozen", "rein", "haar")]
+        assert same(models[0][1].state_dict(), models[1][1].state_dict())
+        assert same(models[0][1].state_dict(), models[2][1].state_dict())
 
     def test_command_writes_one_line_a_run_and_does_none_twice(
         self, data: Path, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         results = tmp_path / "results" / "runs.jsonl"
-        arguments = [
-            "run",
-            "--method",
-            "lora_attention",
-            "--source",
-            "synth_town",
-            "--seed",
-            "3",
-            "--lr",
-            "1e-3",
-            "--steps",
-            "1",
-        ]
-        arguments += ["--batch-size", "1", "--crop", "28", "42", "--size", "42", "56", "--count", "3"]
-        arguments += ["--data", str(data), "--backbone", str(backbone), "--results", str(results)]
+        words = "run --method lora_attention --source synth_town --seed 3 --lr 1e-3 --steps 1 --batch-size 1 --count 3"
+        words += f" --crop 28 42 --size 42 56 --data {data} --backbone {backbone} --results {results.parent}"
+        arguments = words.split()
         command.main(arguments)
         command.main(arguments)
-        assert "done before" in capsys.readouterr().out
+        assert "Done before" in capsys.readouterr().out
         (line,) = results.read_text().splitlines()
         found = json.loads(line)
         assert set(found["miou"]) == {"val", "day", "dusk", *KINDS}
@@ -313,3 +300,33 @@ class TestRuns:
         assert found["parameters"] > 0
         assert found["seconds_per_step"] > 0
         assert not list(results.parent.glob(".*.pt"))
+
+    def test_suite_does_what_is_missing_and_the_table_shows_it(
+        self, data: Path, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tiny = {"steps": 2, "batch_size": 1, "crop": (28, 42), "size": (42, 56), "count": 1}
+        monkeypatch.setitem(plan.SCALES, "small", tiny)
+        places = f"--data {data} --backbone {backbone} --results {tmp_path} --device cpu".split()
+        monkeypatch.chdir(ROOT / "examples")
+        with pytest.raises(SystemExit, match=r"No learning rate for rein.*run the suite `tuning` first"):
+            command.main(["suite", "peers", "--methods", "rein", *places])
+        command.main(["suite", "tuning", "--methods", "rein", *places])
+        tuning = report.read(tmp_path / "tuning.jsonl")
+        assert [run["settings"]["lr"] for run in tuning] == list(plan.GRID)
+        assert all(run["settings"]["split"] == "val" and set(run["miou"]) == {"val"} for run in tuning)
+        best = max(tuning, key=lambda run: run["miou"]["val"])["settings"]["lr"]
+        for _ in range(2):
+            command.main(["suite", "peers", "--methods", "frozen", "rein", "--seeds", "0", "--jobs", "2", *places])
+        runs = report.read(tmp_path / "runs.jsonl")
+        assert sorted((run["settings"]["method"], run["settings"]["source"]) for run in runs) == [
+            ("frozen", "camvid_day"),
+            ("frozen", "synth_town"),
+            ("rein", "camvid_day"),
+            ("rein", "synth_town"),
+        ]
+        assert {run["settings"]["lr"] for run in runs if run["settings"]["method"] == "rein"} == {best}
+        capsys.readouterr()
+        command.main(["table", "--results", str(tmp_path)])
+        printed = capsys.readouterr().out
+        assert "Rein, low-rank tokens | " in printed
+        assert "head on the frozen backbone | 0 |" in printed

@@ -25,9 +25,7 @@ SHARED = Path(__file__).parents[3] / "shared"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m domain_generalization", description="Trained on one domain, tested on others."
-    )
+    parser = argparse.ArgumentParser(prog="python -m domain_generalization", description="Train on one domain, test on others.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="train and score one method once; done runs are not done again")
     one.add_argument("--method", choices=METHODS, required=True)
@@ -94,13 +92,11 @@ def command_of(settings: Settings, file: str, args: argparse.Namespace) -> list[
     """The command line that repeats a run."""
     words = [sys.executable, "-m", "domain_generalization", "run", "--scale", args.scale, "--file", file]
     for name, value in asdict(settings).items():
-        if value is not None:
-            words.append("--" + name.replace("_", "-"))
-            words += (
-                [str(v) for v in value]
-                if isinstance(value, (tuple, list))
-                else [json.dumps(value) if name == "options" else str(value)]
-            )
+        if name == "options":
+            words += ["--options", json.dumps(value)]
+        elif value is not None:
+            values = value if isinstance(value, tuple) else (value,)
+            words += ["--" + name.replace("_", "-"), *map(str, values)]
     words += ["--results", str(args.results), "--data", str(args.data), "--device", args.device]
     words += ["--backbone", str(args.backbone)] if args.backbone else []
     return words + (["--threads", str(args.threads)] if args.threads else [])

@@ -1,4 +1,4 @@
-"""Ways to adapt one frozen backbone. Each takes a Transformers DINOv2, changes it in place and leaves trainable what it trains."""
+"""Ways to adapt one backbone. Each changes a Transformers DINOv2 in place and leaves trainable what it trains."""
 
 from __future__ import annotations
 
