@@ -19,7 +19,8 @@ from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import Grid, GridTracker, first_tensor, stem_hooks, tag
 from mgfc.backbones.layout import PatchView, padding, pick_tensor, put_tensor, view_patches
 from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib
-from mgfc.config import MGFCConfig, select_layers
+from mgfc.calibrators.running import is_recomputing
+from mgfc.config import CoarseConfig, FineConfig, MediumConfig, MGFCConfig, select_layers
 from mgfc.errors import CalibrationError, ConfigError
 from mgfc.losses import check_labels, coarse_loss, fine_loss, label_boundaries, label_mix, medium_loss
 
@@ -92,11 +93,10 @@ class Calibration(nn.Module):
                 f"narrowest calibrated block, found {config.rank}. Choose a smaller rank."
             )
         self.layers = nn.ModuleDict(_build_layers(config, indices, self.dims))
-        self.prototypes: nn.Parameter | None = None
-        if config.medium is not None:
-            self.prototypes = nn.Parameter(torch.randn(config.medium.num_prototypes, config.rank))
         num_classes, weights = config.num_classes or 0, config.loss_weights
         self.presence = nn.Linear(config.rank, num_classes) if "coarse" in weights else None
+        num_prototypes = config.medium.num_prototypes if config.medium else 0
+        self.category = nn.Linear(num_prototypes, num_classes) if "medium" in weights else None
         self.boundary = nn.Linear(config.rank, 1) if "fine" in weights else None
         self._orders = token_orders(tower)
         self._tracker = GridTracker(max_extra_tokens(tower))
@@ -195,11 +195,10 @@ class Calibration(nn.Module):
         mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
         patches = view.patches.to(layer.norm.weight.dtype)
         if mask is None:
-            values = layer.refine(patches, view.grid, self.prototypes, record)
+            delta = layer.delta(patches, view.grid, record)
         else:
-            values = _refine_padded(layer, patches, mask[:, view.leading :], self.prototypes)
-        delta = view.like_block(layer.up(view.scatter(values)))
-        refined = tensor + delta.to(tensor.dtype)
+            delta = _padded_delta(layer, patches, mask[:, view.leading :])
+        refined = tensor + view.like_block(view.scatter(delta)).to(tensor.dtype)
         tag(view.grid, first_tensor(args, kwargs), refined)
         if self._reports is not None:
             self._reports[index] = self._report(index, tensor, refined, view)
@@ -271,15 +270,14 @@ class Calibration(nn.Module):
 
     def _coarse_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.presence is not None
-        logits = [self.presence(record["scene"]).amax(dim=1) for record in records if "scene" in record]
-        return coarse_loss(torch.stack(logits), labels, ignore_index) if logits else self.presence.weight.sum() * 0
+        return coarse_loss(torch.stack([self.presence(record["scene"]) for record in records]), labels, ignore_index)
 
     def _medium_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
-        assert self.prototypes is not None and self.config.num_classes is not None
+        assert self.category is not None and self.config.num_classes is not None
         placed = [record for record in records if "similarity" in record and record["grid"] is not None]
         mixes = {grid: label_mix(labels, grid, self.config.num_classes, ignore_index) for grid in {r["grid"] for r in placed}}
-        terms = [medium_loss(record["similarity"], self.prototypes, mixes[record["grid"]]) for record in placed]
-        return torch.stack(terms).mean() if terms else self.prototypes.sum() * 0
+        terms = [medium_loss(self.category(r["similarity"].softmax(dim=-1)), mixes[r["grid"]]) for r in placed]
+        return torch.stack(terms).mean() if terms else self.category.weight.sum() * 0
 
     def _fine_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.boundary is not None
@@ -331,7 +329,7 @@ class Calibration(nn.Module):
         width = max([len(name) for name, _ in rows] + [len("shared")])
         lines = ["  ".join([" " * width, *(f"{column:>10}" for column in columns)])]
         lines += ["  ".join([f"{name:<{width}}", *(f"{counts[c]:>10,}" for c in columns)]) for name, counts in rows]
-        lines.append(f"{'shared':<{width}}  {shared:>10,}  (prototypes and the losses' heads)")
+        lines.append(f"{'shared':<{width}}  {shared:>10,}  (heads of the losses)")
         own = self.num_parameters
         backbone = sum(p.numel() for p in self.backbone.parameters()) - own
         lines.append(f"{own:,} parameters, {100 * own / backbone:.2f} % of the backbone's {backbone:,}")
@@ -351,41 +349,34 @@ class Calibration(nn.Module):
 
 
 def _build_layers(config: MGFCConfig, indices: tuple[int, ...], dims: tuple[int, ...]) -> dict[str, nn.Module]:
-    depth, stages = len(dims), {"coarse": config.coarse, "medium": config.medium, "fine": config.fine}
-    placed: dict[str, tuple[int, ...]] = {}
-    for name, stage in stages.items():
-        layers = "all" if stage is None else stage.layers
-        placed[name] = () if stage is None else select_layers(layers, depth, f"MGFCConfig.{name}.layers")
-        outside = sorted(set(placed[name]) - set(indices)) if layers != "all" else []
-        if outside:
-            raise ConfigError(
-                f"MGFCConfig.{name}.layers: expected blocks among MGFCConfig.layers, found block {outside[0]} besides."
-            )
-    layers_by_key: dict[str, nn.Module] = {}
+    def chosen(name: str, stage: CoarseConfig | MediumConfig | FineConfig | None) -> tuple[int, ...]:
+        where = f"MGFCConfig.{name}.layers"
+        return () if stage is None else select_layers(stage.layers, len(dims), where, among=indices)
+
+    coarse, medium, fine = config.coarse, config.medium, config.fine
+    in_coarse, in_medium, in_fine = chosen("coarse", coarse), chosen("medium", medium), chosen("fine", fine)
+    layers: dict[str, nn.Module] = {}
     for index in indices:
-        coarse = medium = fine = None
-        if config.coarse is not None and index in placed["coarse"]:
-            coarse = CoarseCalib(config.rank, config.coarse.num_tokens)
-        if config.medium is not None and index in placed["medium"]:
-            medium = MediumCalib(config.rank, None, config.medium.temperature)
-        if config.fine is not None and index in placed["fine"]:
-            fine = FineCalib(config.rank, config.fine.kernel_size)
-        layers_by_key[str(index)] = CalibLayer(dims[index], config.rank, coarse, medium, fine)
-    return layers_by_key
+        dim = dims[index]
+        layers[str(index)] = CalibLayer(
+            dim,
+            config.rank,
+            CoarseCalib(dim, coarse.strength) if coarse and index in in_coarse else None,
+            MediumCalib(dim, medium.num_prototypes, medium.temperature, medium.strength)
+            if medium and index in in_medium
+            else None,
+            FineCalib(config.rank, fine.kernel_size) if fine and index in in_fine else None,
+        )
+    return layers
 
 
-def _refine_padded(layer: CalibLayer, patches: Tensor, valid: Tensor, prototypes: Tensor | None) -> Tensor:
-    """Refines each image's real patches alone and leaves padding as it is."""
-    values = patches.new_zeros(*patches.shape[:2], layer.up.in_features)
+def _padded_delta(layer: CalibLayer, patches: Tensor, valid: Tensor) -> Tensor:
+    """What the layer adds to each image's real patches alone; padding stays as it is."""
+    delta = torch.zeros_like(patches)
     for index in range(len(patches)):
-        real = layer.refine(patches[index : index + 1, valid[index]], None, prototypes)[0]
-        values[index, valid[index]] = real.to(values.dtype)
-    return values
-
-
-def is_recomputing() -> bool:
-    """Whether this is activation checkpointing's second pass, which runs inside backward."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        real = layer.delta(patches[index : index + 1, valid[index]], None)[0]
+        delta[index, valid[index]] = real.to(delta.dtype)
+    return delta
 
 
 def _adapter_parameters(backbone: nn.Module) -> set[int]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -70,6 +69,10 @@ class _Config:
             valid = isinstance(layers, tuple) and len(layers) > 0 and all(_is_int(i) for i in layers)
             _expect(valid, where, '"all", "first:n", "last:n" or a tuple of block indices', layers)
 
+    def _check_strength(self, strength: float) -> None:
+        valid = _is_number(strength) and 0 <= strength <= 1
+        _expect(valid, f"{type(self).__name__}.strength", "a number from 0 to 1", strength)
+
     def _check_weight(self, weight: float) -> None:
         where = f"{type(self).__name__}.loss_weight"
         _expect(_is_number(weight) and weight >= 0, where, "a finite number >= 0", weight)
@@ -85,38 +88,41 @@ def _as_items(config: _Config) -> list[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class CoarseConfig(_Config):
-    """The coarse stage: scene tokens that gather the image's context (see `CoarseCalib`).
+    """The coarse stage: scene-level statistics (see `CoarseCalib`).
 
     Args:
-        num_tokens: scene tokens m of each block.
-        layers: blocks that have this stage: "all", "first:n", "last:n" or block indices (negative ones count from the end).
+        strength: how far a scene's statistics are drawn to the source's, from 0 to 1.
+        layers: which of the calibrated blocks have this stage: "all", "first:n" or "last:n" of them, or block indices
+            (negative ones count from the end).
         loss_weight: weight of the loss on which categories the scene holds; 0 turns it off.
     """
 
-    num_tokens: int = 8
-    layers: Layers = "all"
+    strength: float = 0.5
+    layers: Layers = "first:1"
     loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        _expect(_is_int(self.num_tokens) and self.num_tokens > 0, "CoarseConfig.num_tokens", "an int > 0", self.num_tokens)
+        self._check_strength(self.strength)
         self._check_layers(self.layers)
         self._check_weight(self.loss_weight)
 
 
 @dataclass(frozen=True)
 class MediumConfig(_Config):
-    """The medium stage: category prototypes shared by all blocks (see `MediumCalib`).
+    """The medium stage: category-level statistics (see `MediumCalib`).
 
     Args:
-        num_prototypes: prototypes K.
+        num_prototypes: categories K of each block.
         temperature: tau of the softmax over cosine similarities.
-        layers: blocks that have this stage, as in `CoarseConfig`.
-        loss_weight: weight of the loss on each patch's category mix and the prototypes' separation; 0 turns it off.
+        strength: how far a category is drawn to the source's, from 0 to 1.
+        layers: which of the calibrated blocks have this stage, as in `CoarseConfig`.
+        loss_weight: weight of the loss on each patch's mix of categories; 0 turns it off.
     """
 
-    num_prototypes: int = 32
+    num_prototypes: int = 16
     temperature: float = 0.1
-    layers: Layers = "all"
+    strength: float = 0.3
+    layers: Layers = "last:4"
     loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -124,6 +130,7 @@ class MediumConfig(_Config):
         _expect(valid, "MediumConfig.num_prototypes", "an int > 0", self.num_prototypes)
         valid = _is_number(self.temperature) and self.temperature > 0
         _expect(valid, "MediumConfig.temperature", "a finite number > 0", self.temperature)
+        self._check_strength(self.strength)
         self._check_layers(self.layers)
         self._check_weight(self.loss_weight)
 
@@ -169,7 +176,7 @@ class MGFCConfig(_Config):
         True
     """
 
-    rank: int = 48
+    rank: int = 32
     layers: Layers = "all"
     coarse: CoarseConfig | None = CoarseConfig()
     medium: MediumConfig | None = MediumConfig()
@@ -188,10 +195,6 @@ class MGFCConfig(_Config):
         if self.loss_weights:
             expected = "the number of label categories, since a loss_weight is above 0"
             _expect(self.num_classes is not None, "MGFCConfig.num_classes", expected, None)
-        if self.medium is not None and self.medium.loss_weight > 0:
-            expected = f"at least num_classes={self.num_classes}: one prototype a category"
-            enough = self.medium.num_prototypes >= typing.cast(int, self.num_classes)
-            _expect(enough, "MediumConfig.num_prototypes", expected, self.medium.num_prototypes)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -204,17 +207,26 @@ def _stage_classes() -> dict[str, type[_Config]]:
     return {"coarse": CoarseConfig, "medium": MediumConfig, "fine": FineConfig}
 
 
-def select_layers(layers: Layers, depth: int, where: str) -> tuple[int, ...]:
+def select_layers(layers: Layers, depth: int, where: str, among: Sequence[int] | None = None) -> tuple[int, ...]:
     """The block indices that a `layers` value names, ascending, for a backbone of `depth` blocks.
 
+    Args:
+        layers: "all", "first:n", "last:n" or block indices.
+        depth: blocks of the backbone.
+        where: the field, for errors.
+        among: the only blocks to choose from; "first:n" and "last:n" then count these, and take all if they are fewer.
+
     Raises:
-        ConfigError: if it names a block that the backbone does not have.
+        ConfigError: if it names a block that is not there.
     """
-    if layers == "all":
-        return tuple(range(depth))
+    blocks = tuple(range(depth) if among is None else among)
     if isinstance(layers, str):
         kind, _, count = layers.partition(":")
-        _expect(int(count) <= depth, where, f"at most the backbone's {depth} blocks", layers)
-        return tuple(range(int(count))) if kind == "first" else tuple(range(depth - int(count), depth))
-    _expect(all(-depth <= i < depth for i in layers), where, f"block indices of a backbone of {depth} blocks", layers)
-    return tuple(sorted({i % depth for i in layers}))
+        if kind == "all":
+            return blocks
+        _expect(among is not None or int(count) <= depth, where, f"at most the backbone's {depth} blocks", layers)
+        return blocks[: int(count)] if kind == "first" else blocks[-int(count) :]
+    chosen = {i % depth if -depth <= i < depth else i for i in layers}
+    expected = f"block indices of a backbone of {depth} blocks" if among is None else f"calibrated blocks, that is, {blocks}"
+    _expect(chosen <= set(blocks), where, expected, layers)
+    return tuple(sorted(chosen))

@@ -15,7 +15,7 @@ from mgfc.backbones.description import block_width, max_extra_tokens, token_orde
 from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.layout import pick_tensor, view_patches
-from mgfc.calibration import is_recomputing
+from mgfc.calibrators.running import is_recomputing
 from mgfc.errors import CalibrationError, ConfigError
 
 

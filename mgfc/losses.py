@@ -78,23 +78,17 @@ def coarse_loss(presence: Tensor, labels: Tensor, ignore_index: int = 255) -> Te
     return F.binary_cross_entropy_with_logits(presence.float(), target.expand_as(presence))
 
 
-def medium_loss(similarity: Tensor, prototypes: Tensor, mix: Tensor) -> Tensor:
-    """Soft cross-entropy of the assignment against each patch's label mix, and separation of the prototypes.
+def medium_loss(category: Tensor, mix: Tensor) -> Tensor:
+    """Soft cross-entropy of what the assignment says against each patch's label mix.
 
     Args:
-        similarity: (B, N, P) logits of the assignment to P prototypes; prototype k stands for class k.
-        prototypes: (P, C).
-        mix: (B, N, K) as from `label_mix`, K <= P; rows of zeros do not count.
+        category: (B, N, K) logits.
+        mix: (B, N, K) as from `label_mix`; rows of zeros do not count.
 
     Returns:
-        Scalar: mean cross-entropy plus the mean squared positive cosine between the classes' prototypes.
+        Scalar: mean cross-entropy.
     """
-    num_classes = mix.shape[-1]
-    log_assignment = similarity.float().log_softmax(dim=-1)[..., :num_classes]
-    cross_entropy = -(mix * log_assignment).sum() / mix.sum().clamp_min(1.0)
-    unit = F.normalize(prototypes[:num_classes].float(), dim=-1)
-    overlap = (unit @ unit.mT - torch.eye(num_classes, device=unit.device)).clamp_min(0).square()
-    return cross_entropy + overlap.sum() / max(num_classes * (num_classes - 1), 1)
+    return -(mix * category.float().log_softmax(dim=-1)).sum() / mix.sum().clamp_min(1.0)
 
 
 def fine_loss(boundary: Tensor, target: Tensor) -> Tensor:

@@ -8,17 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mgfc import Calibration
+from mgfc import Calibration, CoarseCalib, MediumCalib
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 """Of a tiny timm ViT."""
 
 
 def randomise(module: nn.Module, std: float = 0.3) -> None:
-    """Makes every parameter non-trivial, as training would."""
+    """Makes every parameter and every running statistic non-trivial, as training would."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=std)
+        for part in module.modules():
+            if isinstance(part, CoarseCalib):
+                part.source.value.normal_(std=std)
+                part.source.count.fill_(3)
+            elif isinstance(part, MediumCalib):
+                share = torch.randn(part.num_prototypes, 1).softmax(dim=0)
+                centroids = torch.randn(part.num_prototypes, part.source.value.shape[1] - 1)
+                part.source.value.copy_(torch.cat([share * centroids, share], dim=1))
+                part.source.count.fill_(3)
 
 
 def tensors(output: Any) -> list[Tensor]:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from helpers import randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgfc import CalibLayer, CoarseCalib, FineCalib, MediumCalib
+from mgfc.calibrators.running import RunningMean
 
 Make = Callable[[int], nn.Module]
 
 
 def full_layer(dim: int, rank: int | None = None) -> CalibLayer:
     rank = rank or max(dim // 2, 1)
-    return CalibLayer(dim, rank, CoarseCalib(rank, 3), MediumCalib(rank, 5), FineCalib(rank))
+    return CalibLayer(dim, rank, CoarseCalib(dim), MediumCalib(dim, 5), FineCalib(rank))
 
 
 STAGES = {
@@ -29,13 +32,12 @@ STAGES = {
 }
 ALL = {**STAGES, "layer": full_layer}
 every_module = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
-every_stage = pytest.mark.parametrize("make", STAGES.values(), ids=STAGES)
 GRIDS = [(1, 1), (1, 7), (7, 1), (2, 2), (6, 9), (9, 6)]
 
 
 def active(make: Make, dim: int = 12) -> nn.Module:
-    """With gates and W_up as after a training."""
-    module = make(dim)
+    """With gates, W_up and statistics as after a training."""
+    module = make(dim).eval()
     randomise(module)
     return module
 
@@ -70,10 +72,10 @@ def test_works_in_a_module_of_the_users_own(make: Make) -> None:
         def forward(self, maps: Tensor) -> Tensor:
             return self.calib(maps.flatten(2).mT, maps.shape[2:]).mT.unflatten(2, maps.shape[2:])
 
-    neck, maps = Neck(), torch.randn(2, 10, 3, 5)
+    neck, maps = Neck().eval(), torch.randn(2, 10, 3, 5)
     assert torch.equal(neck(maps), maps)
     randomise(neck)
-    copy = Neck()
+    copy = Neck().eval()
     copy.load_state_dict(neck.state_dict())
     assert torch.equal(copy(maps), neck(maps)) and not torch.equal(neck(maps), maps)
 
@@ -85,7 +87,7 @@ def test_works_in_a_module_of_the_users_own(make: Make) -> None:
         (MediumCalib, False),
         (FineCalib, True),
         (full_layer, True),
-        (lambda dim: CalibLayer(dim, 4, CoarseCalib(4), MediumCalib(4)), False),
+        (lambda dim: CalibLayer(dim, 4, CoarseCalib(dim), MediumCalib(dim)), False),
     ],
     ids=["coarse", "medium", "fine", "layer", "layer without fine"],
 )
@@ -98,7 +100,7 @@ def test_a_transposed_grid_matters_to_the_spatial_stage_only(make: Make, is_spat
 
 @every_module
 def test_a_flipped_map_gives_the_flipped_result(make: Make) -> None:
-    module = make(12).double()
+    module = make(12).double().eval()
     kernels = {name: p.clone() for name, p in module.named_parameters() if name.endswith("kernel")}
     randomise(module)
     with torch.no_grad():
@@ -128,33 +130,33 @@ def test_images_of_a_batch_do_not_mix(make: Make) -> None:
 
 
 def coarse_by_hand(module: CoarseCalib, image: Tensor) -> Tensor:
-    """One image (N, C), a token at a time."""
-    dim = image.shape[-1]
-    scene = []
-    for token in module.scene_tokens:
-        weights = torch.stack([token @ z / math.sqrt(dim) for z in image]).softmax(0)
-        scene.append(token + sum(w * z for w, z in zip(weights, image, strict=True)))
+    """One image (N, C), a channel at a time."""
+    (source_mean, source_log_deviation), strength = module.source.value, module.strength
     refined = []
-    for z in image:
-        weights = torch.stack([z @ s / math.sqrt(dim) for s in scene]).softmax(0)
-        context = sum(w * s for w, s in zip(weights, scene, strict=True))
-        refined.append(z + module.gate * (module.mix.weight @ context))
-    return torch.stack(refined)
+    for channel, x in enumerate(image.T):
+        mean = sum(x) / len(x)
+        deviation = (sum((value - mean) ** 2 for value in x) / len(x) + 1e-6).sqrt()
+        scale = (source_log_deviation[channel].exp() / deviation) ** strength
+        refined.append((x - mean) * scale + mean + strength * (source_mean[channel] - mean))
+    return torch.stack(refined, dim=1)
 
 
 def medium_by_hand(module: MediumCalib, image: Tensor) -> Tensor:
-    prototypes = module.prototypes
-    assert prototypes is not None
-    cosine = torch.stack([torch.stack([z @ p / (z.norm() * p.norm()) for p in prototypes]) for z in image])
+    prototypes = [row[:-1] / row[-1] for row in module.source.value]
+    source_mean = sum(row[:-1] for row in module.source.value)
+    middle = (source_mean + image.mean(0)) / 2
+    cosine = torch.stack(
+        [torch.stack([F.cosine_similarity(x - middle, p - source_mean, dim=0) for p in prototypes]) for x in image]
+    )
     assignment = (cosine / module.temperature).softmax(1)
-    centroids = [
-        sum(assignment[i, k] * z for i, z in enumerate(image)) / assignment[:, k].sum() for k in range(len(prototypes))
-    ]
-    refined = []
-    for i, z in enumerate(image):
-        pull = sum(assignment[i, k] * (prototypes[k] + centroids[k]) for k in range(len(prototypes)))
-        refined.append(z + module.gate * (module.mix.weight @ pull))
-    return torch.stack(refined)
+    offsets = []
+    for k, prototype in enumerate(prototypes):
+        share = assignment[:, k].sum() / len(image)
+        centroid = sum(assignment[i, k] * x for i, x in enumerate(image)) / assignment[:, k].sum()
+        offsets.append(share / (share + 0.025) * (prototype - centroid))
+    return torch.stack(
+        [x + module.strength * sum(assignment[i, k] * offset for k, offset in enumerate(offsets)) for i, x in enumerate(image)]
+    )
 
 
 def fine_by_hand(module: FineCalib, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -174,10 +176,11 @@ def fine_by_hand(module: FineCalib, image: Tensor, grid: tuple[int, int]) -> Ten
     return torch.stack(refined)
 
 
-def test_coarse_is_its_equation() -> None:
-    module, tokens = CoarseCalib(6, num_tokens=3).double(), torch.randn(2, 12, 6, dtype=torch.float64)
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_coarse_is_its_equation(strength: float) -> None:
+    module, tokens = CoarseCalib(6, strength).double(), torch.randn(2, 12, 6, dtype=torch.float64)
     randomise(module)
-    expected = torch.stack([coarse_by_hand(module, image) for image in tokens])
+    expected = torch.stack([coarse_by_hand(module.eval(), image) for image in tokens])
     torch.testing.assert_close(module(tokens, (3, 4)), expected, rtol=0, atol=1e-12)
 
 
@@ -185,7 +188,7 @@ def test_coarse_is_its_equation() -> None:
 def test_medium_is_its_equation(temperature: float) -> None:
     module, tokens = MediumCalib(6, 5, temperature).double(), torch.randn(2, 12, 6, dtype=torch.float64)
     randomise(module)
-    expected = torch.stack([medium_by_hand(module, image) for image in tokens])
+    expected = torch.stack([medium_by_hand(module.eval(), image) for image in tokens])
     torch.testing.assert_close(module(tokens, (3, 4)), expected, rtol=0, atol=1e-12)
 
 
@@ -200,13 +203,13 @@ def test_fine_is_its_equation(kernel_size: int, grid: tuple[int, int]) -> None:
 
 def test_layer_is_its_equation_with_the_stages_from_coarse_to_fine() -> None:
     layer, tokens = full_layer(10, 6).double(), torch.randn(2, 12, 10, dtype=torch.float64)
-    randomise(layer)
+    randomise(layer.eval())
     expected = []
-    for x in tokens:
+    for image in tokens:
+        x = medium_by_hand(layer.medium, coarse_by_hand(layer.coarse, image))
         centred = x - x.mean(1, keepdim=True)
         z = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
-        z = (z * layer.norm.weight + layer.norm.bias) @ layer.down.weight.T
-        z = fine_by_hand(layer.fine, medium_by_hand(layer.medium, coarse_by_hand(layer.coarse, z)), (3, 4))
+        z = fine_by_hand(layer.fine, (z * layer.norm.weight + layer.norm.bias) @ layer.down.weight.T, (3, 4))
         z = z * 0.5 * (1 + (z / math.sqrt(2)).erf())
         expected.append(x + z @ layer.up.weight.T)
     torch.testing.assert_close(layer(tokens, (3, 4)), torch.stack(expected), rtol=0, atol=1e-12)
@@ -232,49 +235,117 @@ def test_high_pass_answers_a_step_beside_it_only() -> None:
     assert (columns[[3, 4]] > 0.3).all() and columns[[0, 1, 2, 5, 6, 7]].max() < 1e-6
 
 
-# Prototypes
+# Running statistics
 
 
-def test_medium_without_prototypes_needs_them_in_each_call() -> None:
-    module, tokens = MediumCalib(8, num_prototypes=None), torch.randn(2, 12, 8)
-    with pytest.raises(ValueError, match=r"num_prototypes=None\) expects prototypes of shape \(K, C\)"):
-        module(tokens)
-    assert torch.equal(module(tokens, prototypes=torch.randn(4, 8)), tokens)
+def domain(shift: float, scale: float, images: int = 8) -> Tensor:
+    """Token maps of one scene structure in another light: (B, 60, 12)."""
+    draw = torch.Generator().manual_seed(0)
+    categories = 3 * torch.randn(3, 12, generator=draw)
+    which = torch.randint(3, (images, 60), generator=draw)
+    tokens = categories[which] + 0.1 * torch.randn(images, 60, 12, generator=draw)
+    return scale * tokens + shift * torch.linspace(-1, 1, 12)
 
 
-def test_prototypes_of_a_call_take_precedence() -> None:
-    module, tokens, prototypes = active(MediumCalib), torch.randn(2, 12, 12), torch.randn(5, 12)
-    bare = MediumCalib(12, num_prototypes=None)
-    bare.load_state_dict({key: value for key, value in module.state_dict().items() if key != "prototypes"})
-    assert torch.equal(module(tokens, prototypes=prototypes), bare(tokens, prototypes=prototypes))
-    assert not torch.equal(module(tokens, prototypes=prototypes), module(tokens))
+def trained_on(module: nn.Module, tokens: Tensor, batches: int = 60) -> nn.Module:
+    module.train()
+    for batch in range(batches):
+        places = torch.arange(batch, batch + 4) % len(tokens)
+        module(tokens[places], (6, 10))
+    return module.eval()
 
 
-def test_a_prototype_that_no_patch_resembles_stays_finite() -> None:
-    module = MediumCalib(4, 2, temperature=1e-3)
-    randomise(module)
-    tokens = torch.randn(1, 6, 4).abs()
-    prototypes = torch.stack([torch.ones(4), -torch.ones(4)])
-    assert module(tokens, prototypes=prototypes).isfinite().all()
+@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+def test_a_shifted_domain_is_drawn_to_the_source(make: Make) -> None:
+    source, target = domain(0.0, 1.0), domain(2.0, 0.7)
+    module = trained_on(make(12), source)
+    before, after = (target - source).square().mean(), (module(target, (6, 10)) - source).square().mean()
+    assert after < 0.7 * before
+    own = (module(source, (6, 10)) - source).square().mean()
+    assert own < 0.04 * before, "the source itself moves little"
+
+
+def test_medium_leaves_other_shares_of_the_categories_alone_and_coarse_does_not() -> None:
+    source = domain(0.0, 1.0)
+    sky = source[:, :1].expand(-1, 45, -1) + 0.1 * torch.randn(8, 45, 12)
+    more_sky = torch.cat([sky, source[:, :15]], dim=1)
+    moved = {}
+    for make in (CoarseCalib, MediumCalib):
+        module = trained_on(make(12), source)
+        moved[make] = (module(more_sky, (6, 10)) - more_sky).square().mean() / module.strength**2
+    assert moved[MediumCalib] < 0.1 * moved[CoarseCalib]
+
+
+def test_prototypes_find_the_categories() -> None:
+    source = domain(0.0, 1.0)
+    module = trained_on(MediumCalib(12, num_prototypes=6), source)
+    assignment = module.similarity(source).argmax(dim=-1).flatten()
+    draw = torch.Generator().manual_seed(0)
+    torch.randn(3, 12, generator=draw)
+    which = torch.randint(3, (8, 60), generator=draw).flatten()
+    for prototype in assignment.unique():
+        categories = which[assignment == prototype]
+        assert (categories == categories.mode().values).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib, full_layer], ids=["coarse", "medium", "layer"])
+def test_the_first_batch_passes_unchanged_and_evaluation_learns_nothing(make: Make) -> None:
+    module, tokens = make(12).train(), torch.randn(2, 20, 12)
+    assert torch.equal(module(tokens, (4, 5)), tokens)
+    assert not torch.equal(module(tokens, (4, 5)), tokens)
+    module.eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    first = module(tokens, (4, 5))
+    assert torch.equal(module(tokens, (4, 5)), first)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_running_mean_is_plain_at_first_and_exponential_later() -> None:
+    mean, values = RunningMean(3, momentum=0.25), torch.randn(10, 3)
+    assert mean.ready == 0
+    expected = values[0].clone()
+    for index, value in enumerate(values):
+        mean.observe(value)
+        mean.step()
+        mean.step()  # with nothing new, nothing changes
+        assert mean.ready == 1
+        expected += max(1 / (index + 1), 0.25) * (value - expected)
+        torch.testing.assert_close(mean.value, expected)
+    torch.testing.assert_close(mean.count, torch.tensor(10.0))
+
+
+@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+def test_a_recomputation_under_checkpointing_is_that_of_its_own_forward(make: Make) -> None:
+    plain, checkpointed = (trained_on(make(12), domain(0.0, 1.0), batches=3).train() for _ in range(2))
+    tokens = domain(1.0, 0.8)[:2].requires_grad_()
+    grads = []
+    for module in (plain, checkpointed):
+        run = partial(checkpoint, module, use_reentrant=False) if module is checkpointed else module
+        (grad,) = torch.autograd.grad((run(tokens, (6, 10)) ** 3).sum(), tokens)
+        grads.append(grad)
+    assert torch.equal(*grads)
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), checkpointed.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib, full_layer], ids=["coarse", "medium", "layer"])
+def test_constant_maps_and_single_patches_stay_finite(make: Make) -> None:
+    module = make(12).train()
+    for tokens in (torch.ones(2, 6, 12), torch.zeros(2, 6, 12), torch.randn(1, 1, 12)):
+        tokens.requires_grad_()
+        refined = module(tokens, (1, tokens.shape[1]))
+        refined.sum().backward()
+        assert refined.isfinite().all() and tokens.grad.isfinite().all()
 
 
 # The layer
 
 
-def test_layer_shares_prototypes_that_it_is_given() -> None:
-    layer = CalibLayer(16, 8, medium=MediumCalib(8, None))
-    randomise(layer)
-    prototypes, tokens = torch.randn(5, 8, requires_grad=True), torch.randn(2, 12, 16)
-    layer(tokens, (3, 4), prototypes).sum().backward()
-    assert prototypes.grad is not None and prototypes.grad.abs().max() > 0
-
-
 @pytest.mark.parametrize("stages", [(), ("coarse",), ("medium",), ("fine",), ("coarse", "fine")], ids=str)
 def test_every_choice_of_stages(stages: tuple[str, ...]) -> None:
-    layer = CalibLayer(16, 8, **{name: STAGES[name](8) for name in stages})
+    layer = CalibLayer(16, 8, **{name: STAGES[name](8 if name == "fine" else 16) for name in stages})
     tokens = torch.randn(2, 12, 16)
     assert torch.equal(layer(tokens, (3, 4)), tokens)
-    assert {name.split(".")[0] for name, _ in layer.named_parameters()} == {"norm", "down", "up", *stages}
+    assert {name.split(".")[0] for name in layer.state_dict()} == {"norm", "down", "up", *stages}
     randomise(layer)
     assert not torch.equal(layer(tokens, (3, 4)), tokens)
 
@@ -284,16 +355,16 @@ def test_without_a_grid_only_the_fine_stage_is_skipped() -> None:
     without = CalibLayer(12, 6, layer.coarse, layer.medium)
     without.load_state_dict({key: value for key, value in layer.state_dict().items() if not key.startswith("fine.")})
     record: dict[str, Tensor] = {}
-    assert torch.equal(layer.refine(tokens, None, record=record), without.refine(tokens, (3, 4)))
+    assert torch.equal(layer.delta(tokens, None, record), without.delta(tokens, (3, 4)))
     assert set(record) == {"scene", "similarity"}
     assert not torch.equal(layer(tokens, None), layer(tokens, (3, 4)))
 
 
 def test_record_holds_what_the_losses_need() -> None:
     layer, record = active(full_layer), {}
-    layer.refine(torch.randn(2, 12, 12), (3, 4), record=record)
+    layer.delta(torch.randn(2, 12, 12), (3, 4), record)
     shapes = {name: tuple(value.shape) for name, value in record.items()}
-    assert shapes == {"scene": (2, 3, 6), "similarity": (2, 12, 5), "detail": (2, 12, 6)}
+    assert shapes == {"scene": (2, 6), "similarity": (2, 12, 5), "detail": (2, 12, 6)}
 
 
 def test_a_token_with_a_zero_bottleneck_row_stays_exactly_as_it_was() -> None:
@@ -304,8 +375,6 @@ def test_a_token_with_a_zero_bottleneck_row_stays_exactly_as_it_was() -> None:
     refined = layer(tokens, (3, 4))
     assert torch.equal(refined[:, 4], tokens[:, 4])
     assert (refined != tokens).any(dim=2).sum() == 2 * 11
-    padded = F.pad(layer.refine(tokens, (3, 4)), (0, 0, 1, 0))
-    assert torch.equal(layer.up(padded)[:, 0], torch.zeros(2, 16))
 
 
 # Training, precision, cost
@@ -313,15 +382,15 @@ def test_a_token_with_a_zero_bottleneck_row_stays_exactly_as_it_was() -> None:
 
 @every_module
 def test_all_parameters_get_gradients(make: Make) -> None:
-    module = active(make)
-    module(torch.randn(2, 4 * 5, 12), (4, 5)).square().sum().backward()
+    module, tokens = active(make), torch.randn(2, 4 * 5, 12, requires_grad=True)
+    module(tokens, (4, 5)).square().sum().backward()
+    assert tokens.grad is not None and tokens.grad.abs().min() > 0
     dead = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert not dead
 
 
-@every_stage
-def test_a_fresh_stage_can_start_to_learn(make: Make) -> None:
-    module, tokens = make(12), torch.randn(2, 4 * 5, 12)
+def test_a_fresh_fine_stage_can_start_to_learn() -> None:
+    module, tokens = FineCalib(12), torch.randn(2, 4 * 5, 12)
     module(tokens, (4, 5)).square().sum().backward()
     assert (module.gate.grad != 0).all()
 
@@ -344,7 +413,8 @@ def test_cost_is_linear_in_the_number_of_patches(make: Make) -> None:
         return counter.get_total_flops()
 
     module = active(make)
-    assert flops(32) == 2 * flops(16) > 0
+    assert flops(32) == 2 * flops(16)
+    assert flops(16) > 0 or make is CoarseCalib, "which has no products of matrices"
 
 
 @every_module

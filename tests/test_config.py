@@ -20,8 +20,8 @@ CONFIGS = [
     MGFCConfig(layers=(0, -1, 5)),
     MGFCConfig(coarse=None, medium=None, fine=None),
     MGFCConfig(num_classes=19),
-    MGFCConfig(coarse=CoarseConfig(num_tokens=1, layers=(2,), loss_weight=0.5), num_classes=1),
-    MGFCConfig(medium=MediumConfig(num_prototypes=11, temperature=1, loss_weight=1), num_classes=11),
+    MGFCConfig(coarse=CoarseConfig(strength=1, layers=(2,), loss_weight=0.5), num_classes=1),
+    MGFCConfig(medium=MediumConfig(num_prototypes=7, temperature=1, strength=0, loss_weight=1), num_classes=11),
     MGFCConfig(fine=FineConfig(kernel_size=7, layers="last:2", loss_weight=1e-3), num_classes=2),
 ]
 
@@ -33,14 +33,13 @@ def test_round_trip_through_json(config: MGFCConfig) -> None:
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-def test_defaults_are_all_stages_on_all_blocks_without_losses() -> None:
-    stage = {"layers": "all", "loss_weight": 0.0}
+def test_defaults() -> None:
     assert MGFCConfig().to_dict() == {
-        "rank": 48,
+        "rank": 32,
         "layers": "all",
-        "coarse": {"num_tokens": 8, **stage},
-        "medium": {"num_prototypes": 32, "temperature": 0.1, **stage},
-        "fine": {"kernel_size": 3, **stage},
+        "coarse": {"strength": 0.5, "layers": "first:1", "loss_weight": 0.0},
+        "medium": {"num_prototypes": 16, "temperature": 0.1, "strength": 0.3, "layers": "last:4", "loss_weight": 0.0},
+        "fine": {"kernel_size": 3, "layers": "all", "loss_weight": 0.0},
         "num_classes": None,
     }
     assert MGFCConfig().loss_weights == {}
@@ -64,7 +63,7 @@ def test_layers_may_be_a_list() -> None:
         ({"ranks": 3}, "MGFCConfig", "ranks"),
         ({"rank": 3, "dropout": 0.1}, "MGFCConfig", "dropout"),
         ({"coarse": {"tokens": 8}}, "CoarseConfig", "tokens"),
-        ({"medium": {"num_tokens": 8}}, "MediumConfig", "num_tokens"),
+        ({"medium": {"prototypes": 8}}, "MediumConfig", "prototypes"),
         ({"fine": {"kernel": 3}}, "FineConfig", "kernel"),
         ({1: 2, "b": 3}, "MGFCConfig", 1),
     ],
@@ -86,8 +85,10 @@ WRONG = [
     ({"num_classes": True}, "MGFCConfig.num_classes: expected an int > 0 or None, found True"),
     ({"num_classes": 0}, "MGFCConfig.num_classes"),
     ({"num_classes": "19"}, "MGFCConfig.num_classes"),
-    ({"coarse": {"num_tokens": False}}, "CoarseConfig.num_tokens: expected an int > 0, found False"),
-    ({"coarse": {"num_tokens": 1.5}}, "CoarseConfig.num_tokens"),
+    ({"coarse": {"strength": True}}, "CoarseConfig.strength: expected a number from 0 to 1, found True"),
+    ({"coarse": {"strength": 1.5}}, "CoarseConfig.strength"),
+    ({"medium": {"strength": -0.1}}, "MediumConfig.strength: expected a number from 0 to 1, found -0.1"),
+    ({"medium": {"strength": NAN}}, "MediumConfig.strength"),
     ({"coarse": {"loss_weight": NAN}}, "CoarseConfig.loss_weight: expected a finite number >= 0, found nan"),
     ({"coarse": {"loss_weight": -0.1}}, "CoarseConfig.loss_weight"),
     ({"medium": {"num_prototypes": 0}}, "MediumConfig.num_prototypes"),
@@ -150,16 +151,6 @@ def test_losses_need_the_number_of_classes(stage: Any) -> None:
     assert MGFCConfig(**{name: stage}, num_classes=5).loss_weights == {name: stage.loss_weight}
 
 
-def test_the_medium_loss_needs_a_prototype_for_each_class() -> None:
-    stage = MediumConfig(num_prototypes=10, loss_weight=1.0)
-    with pytest.raises(
-        ConfigError, match=r"num_prototypes: expected at least num_classes=11: one prototype a category, found 10"
-    ):
-        MGFCConfig(medium=stage, num_classes=11)
-    assert MGFCConfig(medium=stage, num_classes=10)
-    assert MGFCConfig(medium=MediumConfig(num_prototypes=10), num_classes=11), "without the loss any number will do"
-
-
 @pytest.mark.parametrize(("config", "name"), [(MGFCConfig(), "rank"), (FineConfig(), "kernel_size"), (CoarseConfig(), "new")])
 def test_frozen(config: Any, name: str) -> None:
     with pytest.raises((FrozenInstanceError, AttributeError, TypeError)):
@@ -170,7 +161,7 @@ def test_to_dict_is_a_copy() -> None:
     config = MGFCConfig(layers=(0, 1))
     values = config.to_dict()
     values["layers"].append(2)
-    values["coarse"]["num_tokens"] = 99
+    values["coarse"]["strength"] = 1
     assert config == MGFCConfig(layers=(0, 1))
 
 
@@ -199,3 +190,26 @@ def test_layers_beyond_the_backbone(layers: Any) -> None:
         select_layers(layers, 4, "MGFCConfig.layers")
     assert "MGFCConfig.layers: expected " in str(caught.value) and "4 blocks" in str(caught.value)
     assert f"found {layers!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("all", (2, 4, 7)),
+        ("first:1", (2,)),
+        ("last:2", (4, 7)),
+        ("last:9", (2, 4, 7)),
+        ("first:9", (2, 4, 7)),
+        ((-1, 2), (2, 7)),
+    ],
+    ids=str,
+)
+def test_a_stage_counts_among_the_calibrated_blocks_and_takes_all_if_they_are_few(
+    layers: Any, expected: tuple[int, ...]
+) -> None:
+    assert select_layers(layers, 8, "layers", among=(2, 4, 7)) == expected
+
+
+def test_a_stage_names_calibrated_blocks_only() -> None:
+    with pytest.raises(ConfigError, match=r"expected calibrated blocks, that is, \(2, 4, 7\), found \(3,\)"):
+        select_layers((3,), 8, "layers", among=(2, 4, 7))

@@ -109,38 +109,26 @@ def test_coarse_loss_prefers_the_categories_that_are_there() -> None:
     assert right < coarse_loss(half * 20 - 10, labels) < wrong
 
 
-def test_medium_loss_prefers_the_prototype_of_the_class() -> None:
+def test_medium_loss_prefers_the_class_of_the_patch() -> None:
     labels = torch.randint(4, (2, 3, 4))
-    mix, prototypes = label_mix(labels, (3, 4), 4), torch.eye(6)
-    logits = 20 * mix.new_zeros(2, 12, 6).scatter(2, labels.flatten(1).unsqueeze(2), 1.0)
-    right, wrong = medium_loss(logits, prototypes, mix), medium_loss(-logits, prototypes, mix)
+    mix = label_mix(labels, (3, 4), 4)
+    logits = 20 * torch.zeros(2, 12, 4).scatter(2, labels.flatten(1).unsqueeze(2), 1.0)
+    right, wrong = medium_loss(logits, mix), medium_loss(-logits, mix)
     assert right < 1e-3 and wrong > 15
-    assert medium_loss(torch.zeros(2, 12, 6), prototypes, mix) == pytest.approx(math.log(6))
+    assert medium_loss(torch.zeros(2, 12, 4), mix) == pytest.approx(math.log(4))
 
 
 def test_medium_loss_is_the_mean_over_the_patches_that_count() -> None:
-    similarity, mix = torch.randn(2, 5, 7), torch.rand(2, 5, 4)
+    category, mix = torch.randn(2, 5, 4), torch.rand(2, 5, 4)
     mix = mix / mix.sum(2, keepdim=True)
     mix[0, 3] = 0
     terms = [
-        -sum(mix[b, n, k] * similarity[b, n].log_softmax(0)[k] for k in range(4))
+        -sum(mix[b, n, k] * category[b, n].log_softmax(0)[k] for k in range(4))
         for b in range(2)
         for n in range(5)
         if (b, n) != (0, 3)
     ]
-    torch.testing.assert_close(medium_loss(similarity, torch.eye(7), mix), sum(terms) / 9)
-
-
-def test_medium_loss_separates_the_prototypes_of_classes() -> None:
-    mix, similarity = torch.zeros(1, 2, 3), torch.zeros(1, 2, 5)
-    assert medium_loss(similarity, torch.ones(5, 8), mix) == pytest.approx(1.0)
-    assert medium_loss(similarity, torch.eye(5), mix) == 0
-    opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
-    assert medium_loss(similarity[..., :2], opposite, mix[..., :2]) == 0, "opposite is apart enough"
-    spare = torch.eye(5)
-    spare[4] = spare[3]
-    assert medium_loss(similarity, spare, mix) == 0, "prototypes without a class are free"
-    assert medium_loss(similarity, torch.ones(5, 8), mix[..., :1]).isfinite()
+    torch.testing.assert_close(medium_loss(category, mix), sum(terms) / 9)
 
 
 def test_fine_loss_prefers_the_boundaries() -> None:
@@ -158,11 +146,11 @@ def test_fine_loss_weighs_both_kinds_of_patches_the_same() -> None:
 
 
 def losses_of(labels: Tensor, scale: float = 1.0) -> tuple[Tensor, list[Tensor]]:
-    presence, similarity, boundary = torch.randn(2, 5), torch.randn(2, 12, 8), torch.randn(2, 12)
-    inputs = [(scale * item).requires_grad_() for item in (presence, similarity, torch.randn(8, 6), boundary)]
+    presence, category, boundary = torch.randn(2, 5), torch.randn(2, 12, 5), torch.randn(2, 12)
+    inputs = [(scale * item).requires_grad_() for item in (presence, category, boundary)]
     loss = coarse_loss(inputs[0], labels)
-    loss = loss + medium_loss(inputs[1], inputs[2], label_mix(labels, (3, 4), 5))
-    return loss + fine_loss(inputs[3], label_boundaries(labels, (3, 4))), inputs
+    loss = loss + medium_loss(inputs[1], label_mix(labels, (3, 4), 5))
+    return loss + fine_loss(inputs[2], label_boundaries(labels, (3, 4))), inputs
 
 
 @pytest.mark.parametrize(
@@ -181,9 +169,8 @@ def test_values_and_gradients_are_finite(labels: Tensor, scale: float) -> None:
 def test_half_precision_predictions_give_float32_losses() -> None:
     labels = some_labels((30, 44))
     mix, target = label_mix(labels, (3, 4), 5), label_boundaries(labels, (3, 4))
-    half = [torch.randn(2, 5).bfloat16(), torch.randn(2, 12, 8).bfloat16(), torch.randn(2, 12).bfloat16()]
-    prototypes = torch.randn(8, 6).bfloat16()
-    values = [coarse_loss(half[0], labels), medium_loss(half[1], prototypes, mix), fine_loss(half[2], target)]
+    half = [torch.randn(2, 5).bfloat16(), torch.randn(2, 12, 5).bfloat16(), torch.randn(2, 12).bfloat16()]
+    values = [coarse_loss(half[0], labels), medium_loss(half[1], mix), fine_loss(half[2], target)]
     assert [value.dtype for value in values] == [torch.float32] * 3
 
 

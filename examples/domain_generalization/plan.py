@@ -13,7 +13,7 @@ from domain_generalization.training import Settings
 
 RESULTS = Path(__file__).parent / "results"
 SCALES: dict[str, dict[str, Any]] = {
-    "small": {"steps": 120, "batch_size": 4, "crop": (112, 154), "size": (168, 224), "count": 24},
+    "small": {"steps": 150, "batch_size": 4, "crop": (112, 154), "size": (168, 224), "count": 24},
     "full": {"steps": 2000, "batch_size": 8, "crop": (252, 336), "size": (336, 448), "count": 96},
 }
 SEEDS = (0, 1, 2)
