@@ -155,12 +155,14 @@ def recipe(trained: Mapping[str, Mapping[str, Any]]) -> str:
     if len(recipes) > 1:
         raise ValueError(f"The adapter and the bare head were trained differently: {recipes}.")
     text = recipes.pop()
-    pattern = r"(\d+) steps of (\d+) crops of (\d+ x \d+), AdamW, learning rate ([\d.e-]+), seed (\d+)"
+    pattern = r"(\d+) steps of (\d+) crops of (\d+ x \d+), AdamW, learning rate ([\d.e-]+) \(head ([\d.e-]+)\), seed (\d+)"
     found = re.fullmatch(pattern, text)
     if found is None:
         raise ValueError(f"Expected a recipe like {pattern!r}, found {text!r}.")
-    steps, batch, size, lr, seed = found.groups()
-    options = f"--steps {steps} --batch-size {batch} --size {size.replace(' x', '')} --lr {lr} --seed {seed}"
+    steps, batch, size, lr, head_lr, seed = found.groups()
+    options = (
+        f"--steps {steps} --batch-size {batch} --size {size.replace(' x', '')} --lr {lr} --head-lr {head_lr} --seed {seed}"
+    )
     places = "--test ../shared/data/camvid:day ../shared/data/camvid:dusk"
     command = f"python examples/train_minimal.py {options} \\\n  {places} --out"
     minutes = max(item["minutes"] for item in trained.values())

@@ -35,7 +35,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--bare", action="store_true", help="no calibrators: the same head on the frozen backbone")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4, help="of the calibrators")
+    parser.add_argument("--head-lr", type=float, default=1e-3)
     parser.add_argument("--size", type=int, nargs=2, default=(196, 266), metavar=("H", "W"), help="of a crop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
@@ -58,18 +59,20 @@ def build_model(backbone: Path | None, bare: bool) -> tuple[nn.Module, Segmentat
     return vit, head, nn.Sequential(maps, head)
 
 
-def build_optimizer(model: nn.Module, lr: float, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}
-    vectors = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=lr)
+def build_optimizer(model: nn.Sequential, lr: float, head_lr: float, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
+    groups = []
+    for module, rate in zip(model, (lr, head_lr), strict=True):
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        groups.append({"params": [p for p in trained if p.ndim > 1], "lr": rate, "weight_decay": 0.05})
+        groups.append({"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups)
     warmup = max(1, steps // 20)
     return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / warmup, max(0.0, 1 - step / steps) ** 0.9))
 
 
 def train(model: nn.Sequential, vit: nn.Module, args: argparse.Namespace, checkpoint: Path) -> None:
-    optimizer, schedule = build_optimizer(model, args.lr, args.steps)
-    run = [args.steps, args.batch_size, args.lr, *args.size, args.seed, args.bare]
+    optimizer, schedule = build_optimizer(model, args.lr, args.head_lr, args.steps)
+    run = [args.steps, args.batch_size, args.lr, args.head_lr, *args.size, args.seed, args.bare]
     step = 0
     if args.resume and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -97,7 +100,8 @@ def train(model: nn.Sequential, vit: nn.Module, args: argparse.Namespace, checkp
         step += 1
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if step % args.save_every == 0 or step == args.steps:
-            trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+            frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+            trained = {name: value for name, value in model.state_dict().items() if name not in frozen}
             state = {"run": run, "step": step, "trained": trained, "rng": torch.get_rng_state()}
             state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         "metrics": metrics,
         "datasets": [args.data.name],
         "recipe": f"{args.steps} steps of {args.batch_size} crops of {args.size[0]} x {args.size[1]}, AdamW, "
-        f"learning rate {args.lr:g}, seed {args.seed}",
+        f"learning rate {args.lr:g} (head {args.head_lr:g}), seed {args.seed}",
         "backbone weights": vit.weights_source,
         "evaluation": "images at 336 x 448, IoU at the labels' own resolution",
         "minutes": round(minutes, 1),

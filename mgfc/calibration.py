@@ -270,7 +270,8 @@ class Calibration(nn.Module):
 
     def _coarse_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.presence is not None
-        return coarse_loss(torch.stack([self.presence(record["scene"]) for record in records]), labels, ignore_index)
+        logits = [self.presence(record["scene"]) for record in records if "scene" in record]
+        return coarse_loss(torch.stack(logits), labels, ignore_index) if logits else self.presence.weight.sum() * 0
 
     def _medium_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.category is not None and self.config.num_classes is not None

@@ -320,6 +320,10 @@ def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -
         raise AdapterMismatchError(f"{source}: tensors and configuration disagree. {problems[0]}{more}.")
     # A module of the user's keeps its parameters, with their device and dtype: an optimizer may hold them already.
     module.load_state_dict(tensors, assign=any(value.is_meta for value in own.values()))
+    for part in module.modules():
+        for name, value in part.named_buffers(recurse=False):
+            if value.is_meta:  # state of a run that no file holds
+                setattr(part, name, torch.zeros_like(value, device="cpu"))
 
 
 def _compare_backbones(expected: Mapping[str, Any], found: Mapping[str, Any], source: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mgfc import Calibration, CoarseCalib, MediumCalib
+from mgfc.calibrators.running import RunningMean
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 """Of a tiny timm ViT."""
@@ -28,6 +29,14 @@ def randomise(module: nn.Module, std: float = 0.3) -> None:
                 centroids = torch.randn(part.num_prototypes, part.source.value.shape[1] - 1)
                 part.source.value.copy_(torch.cat([share * centroids, share], dim=1))
                 part.source.count.fill_(3)
+
+
+def settle(module: nn.Module) -> None:
+    """Makes running statistics stay as they are, so that calls in training mode can be compared."""
+    for part in module.modules():
+        if isinstance(part, RunningMean):
+            part.count.fill_(torch.inf)
+            part.momentum = 0.0
 
 
 def tensors(output: Any) -> list[Tensor]:

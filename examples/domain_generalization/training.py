@@ -83,6 +83,7 @@ def train(model: nn.Sequential, settings: Settings, data: Path, checkpoint: Path
     device = next(model.parameters()).device
     optimizer, schedule = build_optimizer(model, settings.lr, settings.steps)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()}
     step, seconds = 0, 0.0
     if checkpoint.exists():
@@ -116,7 +117,7 @@ def train(model: nn.Sequential, settings: Settings, data: Path, checkpoint: Path
         if time.perf_counter() - last > save_every:
             last = time.perf_counter()
             state = {"step": step, "seconds": seconds + last - start, "average": average, "rng": torch.get_rng_state()}
-            state |= {"trained": {name: p.detach() for name, p in trained.items()}}
+            state |= {"trained": {name: value for name, value in model.state_dict().items() if name not in frozen}}
             state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
             torch.save(state, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)

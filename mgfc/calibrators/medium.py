@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mgfc.calibrators.running import RunningMean, is_recomputing
+from mgfc.calibrators.running import RunningMean
 
 
 class MediumCalib(nn.Module):
@@ -44,40 +44,32 @@ class MediumCalib(nn.Module):
 
     def prototypes(self) -> Tensor:
         """P: (K, C); zeros before the first training batch."""
-        return self.source.value[:, :-1] / self.source.value[:, -1:].clamp_min(1e-6)
-
-    def similarity(self, tokens: Tensor) -> Tensor:
-        """cos(X - m, P - m') / tau, the logits of the assignment: (B, N, C) -> (B, N, K)."""
-        mean = self.source.value[:, :-1].sum(dim=0)
-        middle = (mean + tokens.mean(dim=1, keepdim=True)) / 2
-        directions = F.normalize(self.prototypes() - mean, dim=-1).to(tokens.dtype)
-        return F.normalize(tokens - middle, dim=-1) @ directions.mT / self.temperature
+        return _centroids(self.source.value)
 
     def shift(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What calibration adds, and the logits of the assignment: (B, N, C) -> (B, N, C), (B, N, K)."""
-        tracking = self.training and not is_recomputing()
-        if tracking:
-            self.source.step()
+        source, ready = self.source.read()
         with torch.autocast(tokens.device.type, enabled=False):  # offsets are small differences of large numbers
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-            similarity = self.similarity(tokens)
+            source = source.to(tokens.dtype)
+            prototypes, mean = _centroids(source), source[:, :-1].sum(dim=0)
+            middle = (mean + tokens.mean(dim=1, keepdim=True)) / 2
+            directions = F.normalize(prototypes - mean, dim=-1)
+            similarity = F.normalize(tokens - middle, dim=-1) @ directions.mT / self.temperature
             assignment = similarity.softmax(dim=-1)
             share = assignment.mean(dim=1).unsqueeze(-1)
-            sums = assignment.mT @ tokens / tokens.shape[1]
-            certain = share / (share + self.CERTAIN_SHARE)
-            offset = certain * (self.prototypes().to(tokens.dtype) - sums / share.clamp_min(1e-6))
-            shift = self.source.ready * self.strength * (assignment @ offset)
-        if tracking:
-            self.source.observe(self._seen(tokens, torch.cat([sums, share], dim=-1)))
+            sums = torch.cat([assignment.mT @ tokens / tokens.shape[1], share], dim=-1)
+            offset = share / (share + self.CERTAIN_SHARE) * (prototypes - _centroids(sums))
+            shift = ready * self.strength * (assignment @ offset)
+        if self.training:
+            self.source.observe(torch.where(ready > 0, sums.mean(dim=0), self._first(tokens)))
         return shift, similarity
 
-    @torch.no_grad()
-    def _seen(self, tokens: Tensor, sums: Tensor) -> Tensor:
-        """The batch's sums and shares; of the first batch, tokens at even distances, as first centroids."""
+    def _first(self, tokens: Tensor) -> Tensor:
+        """Tokens at even distances in the first batch, as sums and shares of the first prototypes."""
         tokens = tokens.flatten(0, 1)
-        places = torch.arange(self.num_prototypes, device=tokens.device) * len(tokens) // self.num_prototypes
-        first = F.pad(tokens[places], (0, 1), value=1.0) / self.num_prototypes
-        return torch.where(self.source.count > 0, sums.mean(dim=0), first)
+        places = torch.arange(self.num_prototypes, device=tokens.device) * tokens.shape[0] // self.num_prototypes
+        return F.pad(tokens[places], (0, 1), value=1.0) / self.num_prototypes
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Calibrates patch tokens. In training mode, also takes in their statistics.
@@ -90,3 +82,8 @@ class MediumCalib(nn.Module):
             (B, h*w, C).
         """
         return tokens + self.shift(tokens)[0].to(tokens.dtype)
+
+
+def _centroids(sums: Tensor) -> Tensor:
+    """(..., K, C + 1) sums of tokens and their numbers -> (..., K, C)."""
+    return sums[..., :-1] / sums[..., -1:].clamp_min(1e-6)

@@ -12,8 +12,8 @@ def is_recomputing() -> bool:
 class RunningMean(nn.Module):
     """The mean of what training batches showed, as in BatchNorm: plain at first, then exponential.
 
-    What one forward saw counts from the next forward on. So a forward uses what came before it alone, a fresh module
-    has no effect on its first batch, and activation checkpointing recomputes with the values of its own forward.
+    A forward reads it before it adds to it. So a fresh module has no effect on its first batch, and activation
+    checkpointing recomputes with what its own forward read.
 
     Args:
         *shape: of the tensor that is averaged.
@@ -22,32 +22,28 @@ class RunningMean(nn.Module):
 
     value: Tensor
     count: Tensor
-    _next: Tensor
-    _has_next: Tensor
+    _read_value: Tensor
+    _read_count: Tensor
 
     def __init__(self, *shape: int, momentum: float = 0.02) -> None:
         super().__init__()
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(shape))
         self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("_next", torch.zeros(shape), persistent=False)
-        self.register_buffer("_has_next", torch.zeros(()), persistent=False)
+        self.register_buffer("_read_value", torch.zeros(shape), persistent=False)
+        self.register_buffer("_read_count", torch.zeros(()), persistent=False)
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Takes in what the last forward saw."""
-        self.count += self._has_next
-        weight = (1 / self.count.clamp_min(1)).clamp_min(self.momentum) * self._has_next
-        self.value += weight * (self._next - self.value)
-        self._has_next.zero_()
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The mean so far, and 1 if there is one, else 0."""
+        if self.training and not is_recomputing():
+            self._read_value.copy_(self.value)
+            self._read_count.copy_(self.count)
+        value, count = (self._read_value, self._read_count) if self.training else (self.value, self.count)
+        return value.clone(), count.clamp_max(1)
 
     @torch.no_grad()
     def observe(self, value: Tensor) -> None:
-        """Leaves a value for the next `step`."""
-        self._next.copy_(value)
-        self._has_next.fill_(1)
-
-    @property
-    def ready(self) -> Tensor:
-        """1 once something was taken in, else 0."""
-        return self.count.clamp_max(1)
+        """In training mode, adds what a batch showed."""
+        if self.training and not is_recomputing():
+            self.count += 1
+            self.value += (1 / self.count).clamp_min(self.momentum) * (value - self.value)
