@@ -19,7 +19,7 @@ from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import Grid, GridTracker, first_tensor, stem_hooks, tag
 from mgfc.backbones.layout import PatchView, padding, pick_tensor, put_tensor, view_patches
 from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib
-from mgfc.calibrators.running import is_recomputing
+from mgfc.calibrators.running import RunningMean, is_recomputing, keep_read
 from mgfc.config import CoarseConfig, FineConfig, MediumConfig, MGFCConfig, select_layers
 from mgfc.errors import CalibrationError, ConfigError
 from mgfc.losses import check_labels, coarse_loss, fine_loss, label_boundaries, label_mix, medium_loss
@@ -134,6 +134,12 @@ class Calibration(nn.Module):
         """Trainable parameters of the calibrators."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    @property
+    def num_batches(self) -> int | None:
+        """Training batches in the running statistics; None if no stage has any. They count in training mode alone."""
+        counts = [int(module.count) for module in self.modules() if isinstance(module, RunningMean)]
+        return min(counts) if counts else None
+
     def attach(self, tower: Tower) -> None:
         """Registers the hooks on a tower's blocks and around its stem."""
         self.__dict__["_backbone"] = tower.root
@@ -192,6 +198,9 @@ class Calibration(nn.Module):
         except ValueError as error:
             raise self._error(index, str(error)) from None
         record = self._new_record(index, view)
+        entry = first_tensor(args, kwargs)
+        if entry is not None:
+            keep_read(layer, entry)
         mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
         patches = view.patches.to(layer.norm.weight.dtype)
         if mask is None:
@@ -199,7 +208,7 @@ class Calibration(nn.Module):
         else:
             delta = _padded_delta(layer, patches, mask[:, view.leading :])
         refined = tensor + view.like_block(view.scatter(delta)).to(tensor.dtype)
-        tag(view.grid, first_tensor(args, kwargs), refined)
+        tag(view.grid, entry, refined)
         if self._reports is not None:
             self._reports[index] = self._report(index, tensor, refined, view)
         return put_tensor(output, tensor, refined)
@@ -323,7 +332,7 @@ class Calibration(nn.Module):
         return [reports[index] for index in sorted(reports)]
 
     def summary(self) -> str:
-        """A table of trainable parameters per block and granularity, and their share of the backbone."""
+        """A table of trainable parameters per block and granularity, their share of the backbone, and batches seen."""
         rows = [(self.block_names[int(key)], _count_stages(layer)) for key, layer in self.layers.items()]
         shared = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("layers."))
         columns = ("bottleneck", "coarse", "medium", "fine")
@@ -334,6 +343,8 @@ class Calibration(nn.Module):
         own = self.num_parameters
         backbone = sum(p.numel() for p in self.backbone.parameters()) - own
         lines.append(f"{own:,} parameters, {100 * own / backbone:.2f} % of the backbone's {backbone:,}")
+        if self.num_batches is not None:
+            lines.append(f"statistics of {self.num_batches} training batches")
         return "\n".join(lines)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, head: nn.Module | None = None, **card: Any) -> None:

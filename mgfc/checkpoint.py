@@ -60,9 +60,20 @@ def save_pretrained(
 
     Raises:
         ConfigError: if `training` or the head's `arguments` cannot be written as JSON.
+
+    Warns:
+        UserWarning: if the calibrators were trained, but in eval mode, so that their statistics are empty.
     """
     from mgfc.hub import is_edited_card, model_card
 
+    if calibration.num_batches == 0 and any(
+        p.any() for name, p in calibration.named_parameters() if name.endswith(".up.weight")
+    ):
+        warnings.warn(
+            "The calibrators were trained, but their statistics have seen no batch: the backbone was in eval mode, and the "
+            "coarse and medium stages have no effect. Train with backbone.train(); frozen parameters stay frozen.",
+            stacklevel=3,
+        )
     _check_notes(training or {})
     backbone = describe(calibration.tower)
     if base_model is not None:

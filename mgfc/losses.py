@@ -1,4 +1,4 @@
-"""The hierarchical losses, one per granularity. Labels may have any resolution. Source: `docs/concepts.md`, "Losses"."""
+"""The hierarchical losses, one per granularity. Labels may have any resolution. Source: `docs/method.md`, "Losses"."""
 
 from __future__ import annotations
 

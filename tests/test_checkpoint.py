@@ -868,3 +868,20 @@ def test_a_damaged_head(saved: Path, edit: Edit) -> None:
     with pytest.raises((AdapterFileError, AdapterNotFoundError), match=r"expected (a file )?head\.safetensors"):
         load_head(saved)
     assert wrap_backbone(tiny_vit(), saved), "the adapter itself is whole"
+
+
+def test_training_in_eval_mode_is_noticed(tmp_path: Path) -> None:
+    vit = wrap_backbone(tiny_vit(), MGFCConfig(rank=8))
+    optimizer = torch.optim.SGD(vit.calibration.parameters(), lr=1.0)
+    vit.calibration.save_pretrained(tmp_path / "fresh")  # without a warning: nothing was trained
+    assert "statistics of 0 training batches" in vit.calibration.summary()
+    for _ in range(2):
+        vit.forward_features(IMAGES).square().mean().backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match=r"statistics have seen no batch.*Train with backbone\.train\(\)"):
+        vit.calibration.save_pretrained(tmp_path / "eval")
+    vit.train().forward_features(IMAGES)
+    assert vit.calibration.num_batches == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.calibration.save_pretrained(tmp_path / "train")

@@ -15,7 +15,7 @@ class FineCalib(nn.Module):
 
     HP is a depth-wise convolution, at first the identity minus a box blur. Borders are replicated, so a constant map has
     zero response everywhere at initialisation. The per-channel gate g is 0 at initialisation: the module starts as the
-    identity. Source: `docs/concepts.md`, "Fine".
+    identity. Source: `docs/method.md`, "Fine".
 
     Args:
         dim: channels C of the tokens.

@@ -9,11 +9,31 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+_READ = "_mgfc_read"
+
+
+def keep_read(layer: nn.Module, tokens: Tensor) -> None:
+    """Ties what a training forward reads to its input tokens; a recomputation from these tokens reads the same again.
+
+    Args:
+        layer: with running means in it, about to be called.
+        tokens: what the block was called with.
+    """
+    means = [module for module in layer.modules() if isinstance(module, RunningMean)]
+    if torch.compiler.is_compiling() or not layer.training or not means:
+        return
+    if not is_recomputing():
+        setattr(tokens, _READ, [(mean.value.clone(), mean.count.clone()) for mean in means])
+    for mean, (value, count) in zip(means, getattr(tokens, _READ, ()), strict=False):
+        mean._read_value.copy_(value)
+        mean._read_count.copy_(count)
+
+
 class RunningMean(nn.Module):
     """The mean of what training batches showed, as in BatchNorm: plain at first, then exponential.
 
     A forward reads it before it adds to it. So a fresh module has no effect on its first batch, and activation
-    checkpointing recomputes with what its own forward read.
+    checkpointing recomputes with what the newest forward read, or its own one with `keep_read`.
 
     Args:
         *shape: of the tensor that is averaged.
