@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from backbone import HUB_ID, load_dinov2_small
 from streets import CLASSES, IGNORE, StreetScenes, TrainingCrops, evaluate, save_bare_head
@@ -111,8 +109,6 @@ def train(model: nn.Sequential, vit: nn.Module, args: argparse.Namespace, checkp
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     args = parse_arguments(arguments)
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     vit, head, model = build_model(args.backbone, args.bare)
     print(f"Trained parameters: {sum(p.numel() for p in model.parameters() if p.requires_grad):,}")

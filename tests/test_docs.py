@@ -91,16 +91,16 @@ def test_results_appear_with_the_adapter(tmp_path: Path) -> None:
     assert "Not measured yet" in generate.results(tmp_path)
     for name, miou, size in (("bare_head", 41.005, 3), ("adapter", 47.5, 1234)):
         (tmp_path / name).mkdir()
-        save_file({"weight": torch.zeros(size)}, tmp_path / name / "model.safetensors")
+        save_file({"weight": torch.zeros(size), "coarse.source.value": torch.zeros(7)}, tmp_path / name / "model.safetensors")
         training = {
             "metrics": {"synth_town/val mIoU": 60.0, "camvid/day mIoU": miou},
-            "recipe": "600 steps of 4 crops of 196 x 266, AdamW, learning rate 0.001, seed 0",
+            "recipe": "600 steps of 4 crops of 196 x 266, AdamW, learning rate 0.0003 (head 0.001), seed 0",
             "minutes": 30.4,
         }
         (tmp_path / name / "config.json").write_text(json.dumps({"training": training}))
     text = generate.results(tmp_path)
     assert "| calibrators and head | 1,234 | 60.00 | 47.50 |  |" in text
-    assert "--steps 600 --batch-size 4 --size 196 266 --lr 0.001 --seed 0" in text
+    assert "--steps 600 --batch-size 4 --size 196 266 --lr 0.0003 --head-lr 0.001 --seed 0" in text
     training["recipe"] = training["recipe"].replace("600", "700")
     (tmp_path / "adapter" / "config.json").write_text(json.dumps({"training": training}))
     with pytest.raises(ValueError, match="trained differently"):
@@ -123,8 +123,8 @@ def test_public_names_are_documented(name: str) -> None:
 
 def test_the_headings_that_docstrings_name_exist() -> None:
     sources = "".join(path.read_text() for path in (ROOT / "mgfc").rglob("*.py"))
-    headings = set(re.findall(r"^## (.*)$", (ROOT / "docs" / "concepts.md").read_text(), re.MULTILINE))
-    named = set(re.findall(r'docs/concepts\.md`,\s+"([^"]+)"', sources))
+    headings = set(re.findall(r"^## (.*)$", (ROOT / "docs" / "method.md").read_text(), re.MULTILINE))
+    named = set(re.findall(r'docs/method\.md`,\s+"([^"]+)"', sources))
     assert len(named) == 5
     assert named <= headings
 
