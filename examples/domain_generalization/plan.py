@@ -51,8 +51,8 @@ def tuned_lr(results: Path, scale: str, method: str) -> float:
 
 
 def tuning(args: argparse.Namespace) -> Iterator[Settings]:
-    """The search: half the steps, scored on the source's validation split alone."""
-    budget = SCALES[args.scale] | {"steps": SCALES[args.scale]["steps"] // 2, "split": "val"}
+    """The search: whole runs, scored on the source's validation split alone."""
+    budget = SCALES[args.scale] | {"split": "val"}
     for method in args.methods:
         if method != "frozen":
             for lr in GRIDS.get(method, GRID):
