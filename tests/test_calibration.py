@@ -445,7 +445,10 @@ def test_summary_counts_every_parameter() -> None:
     assert rows["blocks.1"][3] == 0 < rows["blocks.2"][3]
     shared = int(lines[3].split()[1].replace(",", ""))
     assert sum(map(sum, rows.values())) + shared == calibration.num_parameters
-    assert f"{calibration.num_parameters:,} parameters" in lines[-1]
+    assert f"{calibration.num_parameters:,} parameters" in lines[-2]
+    assert lines[-1] == "statistics of 3 training batches"
+    without = make(MGFCConfig(rank=8, coarse=None, medium=None)).calibration
+    assert without.num_batches is None and "statistics" not in without.summary()
 
 
 @pytest.mark.parametrize(
