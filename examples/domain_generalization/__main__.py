@@ -70,12 +70,13 @@ def as_json(settings: Settings) -> str:
     return json.dumps(asdict(settings), sort_keys=True)
 
 
-def is_done(settings: Settings, file: Path) -> bool:
-    return any(json.dumps(record["settings"], sort_keys=True) == as_json(settings) for record in read(file))
+def done(file: Path) -> set[str]:
+    """The settings of the runs in a file."""
+    return {json.dumps(record["settings"], sort_keys=True) for record in read(file)}
 
 
 def run_one(settings: Settings, file: Path, args: argparse.Namespace) -> None:
-    if is_done(settings, file):
+    if as_json(settings) in done(file):
         print(f"Done before: {as_json(settings)}")
         return
     if args.threads:
@@ -104,7 +105,8 @@ def command_of(settings: Settings, file: str, args: argparse.Namespace) -> list[
 
 def run_suite(args: argparse.Namespace) -> None:
     file = "tuning.jsonl" if args.name == "tuning" else "runs.jsonl"
-    todo = [s for s in plan.SUITES[args.name](args) if not is_done(s, args.results / file)]
+    before = done(args.results / file)
+    todo = [settings for settings in plan.SUITES[args.name](args) if as_json(settings) not in before]
     print(f"{len(todo)} runs to do")
 
     def one(settings: Settings) -> int:

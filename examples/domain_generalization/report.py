@@ -24,7 +24,7 @@ def read(path: Path) -> list[Record]:
 
 
 def unseen(record: Record) -> dict[str, float]:
-    """MIoU of each unseen target."""
+    """The mIoU of each unseen target."""
     return {name: value for name, value in record["miou"].items() if name not in SOURCE_SIDE}
 
 

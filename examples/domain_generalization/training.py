@@ -15,8 +15,8 @@ from backbone import load_dinov2_small
 from streets import CLASSES, IGNORE, TrainingCrops, evaluate
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from train_minimal import build_optimizer
 
 from domain_generalization.domains import SOURCES, Resized, Target, open_split, targets
 from domain_generalization.methods import METHODS
@@ -67,21 +67,10 @@ def build(settings: Settings, backbone: Path | None) -> nn.Sequential:
     return nn.Sequential(FeatureMaps(vit, out_indices=(2, 5, 8, 11)), head)
 
 
-def build_optimizer(model: nn.Sequential, lr: float, steps: int) -> tuple[torch.optim.AdamW, LambdaLR]:
-    groups = []
-    for module, rate in ((model[0], lr), (model[1], HEAD_LR)):
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        groups.append({"params": [p for p in trained if p.ndim > 1], "lr": rate, "weight_decay": 0.05})
-        groups.append({"params": [p for p in trained if p.ndim <= 1], "lr": rate, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
-    warmup = max(1, steps // 20)
-    return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / warmup, max(0.0, 1 - step / steps) ** 0.9))
-
-
 def train(model: nn.Sequential, settings: Settings, data: Path, checkpoint: Path, save_every: float) -> dict[str, float]:
     """Trains in place; goes on from the checkpoint of an interrupted run."""
     device = next(model.parameters()).device
-    optimizer, schedule = build_optimizer(model, settings.lr, settings.steps)
+    optimizer, schedule = build_optimizer(model, settings.lr, HEAD_LR, settings.steps)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     average = {name: p.detach().clone() for name, p in trained.items()}

@@ -19,11 +19,12 @@ def keep_read(layer: nn.Module, tokens: Tensor) -> None:
         layer: with running means in it, about to be called.
         tokens: what the block was called with.
     """
-    means = [module for module in layer.modules() if isinstance(module, RunningMean)]
-    if torch.compiler.is_compiling() or not layer.training or not means:
+    if torch.compiler.is_compiling() or not layer.training:
         return
+    means = [module for module in layer.modules() if isinstance(module, RunningMean)]
     if not is_recomputing():
         setattr(tokens, _READ, [(mean.value.clone(), mean.count.clone()) for mean in means])
+        return
     for mean, (value, count) in zip(means, getattr(tokens, _READ, ()), strict=False):
         mean._read_value.copy_(value)
         mean._read_count.copy_(count)
