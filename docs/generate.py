@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
+from domain_generalization import plan, tables  # noqa: E402
+from domain_generalization.report import markdown as table  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from zoo import Case, cases  # noqa: E402
 
@@ -29,12 +31,6 @@ HOSTS = ("DPT", "Depth Anything", "EoMT", "Grounding DINO", "Mask2Former", "Mask
 SHAPES = {"NLC": "(B, N, C)", "NHWC": "(B, h, w, C)", "NCHW": "(B, C, h, w)", "windows": "windows along B"}
 SCORES = {"synth_town/val": "synth_town, val", "camvid/day": "CamVid, day", "camvid/dusk": "CamVid, dusk"}
 PICTURE = "docs/images/trier_basilica_parked_cars_segmented.jpg"
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(header), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def unique(values: Iterable[str]) -> list[str]:
@@ -195,10 +191,19 @@ def fill(text: str, marker: str, content: str) -> str:
 
 def pages() -> dict[Path, str]:
     """What each page with generated parts should be."""
-    readme, supported = ROOT / "README.md", ROOT / "docs" / "supported-backbones.md"
+    docs = ROOT / "docs"
+    measured = tables.sections(plan.RESULTS, plan.SCALES["small"]["size"])
+    ablations = {name: measured.pop(name) for name in list(measured) if name.endswith("ablations")}
     parts = {
-        readme: {"supported": summary(), "results": results()},
-        supported: {"plain": full_table(1), "others": full_table(2), "best effort": best_effort(), "refused": refused()},
+        ROOT / "README.md": {"supported": summary(), "results": results(), "benchmark": measured["summary"]},
+        docs / "supported-backbones.md": {
+            "plain": full_table(1),
+            "others": full_table(2),
+            "best effort": best_effort(),
+            "refused": refused(),
+        },
+        docs / "benchmark.md": measured,
+        docs / "method.md": ablations,
     }
     texts = {}
     for path, contents in parts.items():

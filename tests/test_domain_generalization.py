@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 
 from domain_generalization import __main__ as command  # noqa: E402
-from domain_generalization import plan, report, training  # noqa: E402
+from domain_generalization import plan, report, tables, training  # noqa: E402
 from domain_generalization.corruptions import KINDS, STRENGTHS, corrupt  # noqa: E402
 from domain_generalization.domains import SOURCES, Target, open_split, spread, targets  # noqa: E402
 from domain_generalization.methods import METHODS  # noqa: E402
@@ -213,6 +214,55 @@ class TestReport:
 
     def test_one_seed_has_no_interval(self) -> None:
         assert str(report.difference({0: 1.0}, {0: 2.0})) == "-1.00 (one seed)"
+
+
+def full_record(method: str, seed: int, dusk: float, options: dict[str, Any] | None = None, height: int = 168) -> report.Record:
+    settings = training.Settings(method, "synth_town", seed, 1e-3, size=(height, 224), options=options or {})
+    iou = {name: {"sky": value, "road": value} for name, value in (("val", 50.0), ("dusk", dusk), ("fog", dusk - 10))}
+    return {
+        "settings": asdict(settings),
+        "parameters": 1000,
+        "seconds_per_step": 0.5,
+        "peak_memory_mib": 100.0,
+        "machine": "CPU",
+        "torch": "2",
+        "miou": {name: values["sky"] for name, values in iou.items()},
+        "iou": iou,
+    }
+
+
+class TestTables:
+    @pytest.fixture
+    def found(self, tmp_path: Path) -> dict[str, str]:
+        runs = [full_record("mgfc", seed, 40.0 + 2 * seed) for seed in range(3)]
+        runs += [full_record("rein", seed, 39.0 + seed) for seed in range(3)]
+        runs += [full_record("mgfc", seed, 38.0 + 2 * seed, {"coarse": None}) for seed in range(3)]
+        runs += [full_record("mgfc", 0, 99.0, {"rank": 8}), full_record("mgfc", 0, 99.0, height=336)]
+        (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+        return tables.sections(tmp_path, (168, 224))
+
+    def test_peers_are_ranked_and_paired(self, found: dict[str, str]) -> None:
+        assert found["synth_town peers"].splitlines()[2:] == [
+            "| Rein, low-rank tokens | 3 | 50.00 ± 0.00 | 40.00 ± 1.00 | 30.00 ± 1.00 | 35.00 ± 1.00 | +2.00 [-0.48, +4.48] |",
+            "| **mgfc** | 3 | 50.00 ± 0.00 | 42.00 ± 2.00 | 32.00 ± 2.00 | 37.00 ± 2.00 |  |",
+        ]
+        assert "| Rein, low-rank tokens | 0.001 | 1,000 | 0.50 | 100 |" in found["cost"]
+        assert "| **mgfc** | 42.0 | 42.0 |" in found["synth_town classes"]
+
+    def test_ablations_are_paired_with_the_default(self, found: dict[str, str]) -> None:
+        rows = found["synth_town ablations"].splitlines()[2:]
+        assert [row.split(" | ")[0] for row in rows] == ["| default", "| without coarse"]
+        assert rows[1].endswith("| +0.00 [+0.00, +0.00] | -2.00 [-2.00, -2.00] |")
+
+    def test_no_runs(self, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match=r"No runs of 168 x 224 images .* run the suite `peers` first"):
+            tables.sections(tmp_path, (168, 224))
+
+    def test_the_plot_is_the_same_for_the_same_results(self, found: dict[str, str], tmp_path: Path) -> None:
+        drawn = [tmp_path / "first.svg", tmp_path / "second.svg"]
+        for path in drawn:
+            tables.show(tmp_path, (168, 224), path)
+        assert drawn[0].read_bytes() == drawn[1].read_bytes()
 
 
 @pytest.fixture

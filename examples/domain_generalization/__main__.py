@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif args.command == "suite":
         run_suite(args)
     else:
-        tables.show(args.results, plan.SCALES[args.scale]["size"], SOURCES, args.plot)
+        tables.show(args.results, plan.SCALES[args.scale]["size"], args.plot)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean
 
 from domain_generalization import report
+from domain_generalization.domains import SOURCES
+from domain_generalization.plan import VARIANTS
 from domain_generalization.report import Record
 
 OURS = "mgfc"
@@ -39,14 +41,22 @@ def by_method(records: Iterable[Record]) -> dict[str, list[Record]]:
     return {method: runs for method, runs in found.items() if runs}
 
 
+def variants(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Runs of our method in its default form and in each variant of the ablation."""
+    ours = [r for r in records if r["settings"]["method"] == OURS]
+    forms = {"default": {}, **VARIANTS}
+    found = {title: [r for r in ours if r["settings"]["options"] == options] for title, options in forms.items()}
+    return {title: runs for title, runs in found.items() if runs}
+
+
 def figures(runs: Sequence[Record]) -> list[str]:
     """Means and spreads over seeds, in the order of `COLUMNS`."""
     return [report.spread(list(report.by_seed(runs, of).values())) for of in COLUMNS]
 
 
-def paired(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
-    """What we lead by on unseen targets, over the seeds that both have."""
-    first, second = report.by_seed(ours, "unseen"), report.by_seed(theirs, "unseen")
+def paired(ours: Sequence[Record], theirs: Sequence[Record], of: str = "unseen") -> str:
+    """What we lead by, over the seeds that both have."""
+    first, second = report.by_seed(ours, of), report.by_seed(theirs, of)
     return str(report.difference(first, second)) if first.keys() & second.keys() and ours is not theirs else ""
 
 
@@ -56,80 +66,129 @@ def cost(runs: Sequence[Record]) -> list[str]:
     return [f"{runs[0]['parameters']:,}", f"{seconds:.2f}", f"{peak:.0f}"]
 
 
+def ranked(groups: Groups) -> list[str]:
+    """Methods from the worst to the best on unseen targets."""
+    return sorted(groups, key=lambda method: mean(report.by_seed(groups[method], "unseen").values()))
+
+
 def peers_table(groups: Groups) -> str:
-    """A row a method, from the worst to the best: cost, mIoU, and mgfc's paired lead over it."""
-    ranked = sorted(groups, key=lambda method: mean(report.by_seed(groups[method], "unseen").values()))
-    rows = [
-        [TITLES[method], *cost(runs), f"{runs[0]['settings']['lr']:g}", *figures(runs), paired(groups.get(OURS, []), runs)]
-        for method in ranked
-        for runs in [groups[method]]
-    ]
-    header = ["method", "trained parameters", "s / step", "peak MiB", "learning rate", *COLUMNS, "mgfc's lead, unseen"]
-    return report.markdown(header, rows)
+    """A row a method, from the worst to the best: mIoU, and mgfc's paired lead over it."""
+    rows = []
+    for method in ranked(groups):
+        runs = groups[method]
+        rows.append([TITLES[method], str(len(runs)), *figures(runs), paired(groups.get(OURS, []), runs)])
+    return report.markdown(["method", "seeds", *COLUMNS, "mgfc's lead, unseen"], rows)
+
+
+def cost_table(groups: Groups) -> str:
+    """A row a method: learning rate, trained parameters, seconds a step, peak memory."""
+    rows = [[TITLES[method], f"{runs[0]['settings']['lr']:g}", *cost(runs)] for method, runs in groups.items()]
+    return report.markdown(["method", "learning rate", "trained parameters", "s / step", "peak MiB"], rows)
 
 
 def targets_table(groups: Groups) -> str:
     """A row a method: mean mIoU of each set."""
     names = list(next(iter(groups.values()))[0]["miou"])
-    rows = [[TITLES[m], *(f"{mean(run['miou'][name] for run in runs):.1f}" for name in names)] for m, runs in groups.items()]
+    rows = [[TITLES[m], *(f"{mean(run['miou'][name] for run in groups[m]):.1f}" for name in names)] for m in ranked(groups)]
     return report.markdown(["method", *names], rows)
 
 
 def classes_table(groups: Groups, target: str) -> str:
     """A row a method: mean IoU of each class on one target."""
     names = list(next(iter(groups.values()))[0]["iou"][target])
-    rows = []
-    for method, runs in groups.items():
-        rows.append([TITLES[method], *(f"{mean(run['iou'][target][name] for run in runs):.1f}" for name in names)])
+    rows = [[TITLES[m], *(f"{mean(r['iou'][target][name] for r in groups[m]):.1f}" for name in names)] for m in ranked(groups)]
     return report.markdown([f"IoU, {target}", *names], rows)
 
 
-def ablation_table(base: Sequence[Record], variants: Mapping[str, Sequence[Record]]) -> str:
+def ablation_table(forms: Groups) -> str:
     """A row a variant: mIoU, and what the change costs or gains, paired with the default."""
     rows = []
-    for title, runs in {"default": base, **variants}.items():
-        if runs:
-            rows.append([title, f"{runs[0]['parameters']:,}", *figures(runs), paired(runs, base)])
-    return report.markdown(["variant", "trained parameters", *COLUMNS, "change, unseen"], rows)
+    for title, runs in forms.items():
+        base = forms["default"]
+        changes = [paired(runs, base, of) for of in ("in-domain", "unseen")]
+        rows.append([title, str(len(runs)), f"{runs[0]['parameters']:,}", *figures(runs), *changes])
+    header = ["variant", "seeds", "trained parameters", *COLUMNS, "change, in-domain", "change, unseen"]
+    return report.markdown(header, rows)
+
+
+def summary_table(by_source: Mapping[str, Groups]) -> str:
+    """A row a method that has runs from every source: trained parameters, unseen mIoU and our lead."""
+    first = next(iter(by_source.values()))
+    rows = []
+    for method in ranked(first):
+        if not all(method in groups for groups in by_source.values()):
+            continue
+        row = [TITLES[method], f"{first[method][0]['parameters']:,}"]
+        for groups in by_source.values():
+            row += [report.spread(list(report.by_seed(groups[method], "unseen").values()))]
+            row += [paired(groups.get(OURS, []), groups[method])]
+        rows.append(row)
+    columns = [name for source in by_source for name in (f"from {source}", "mgfc's lead")]
+    return report.markdown(["method", "trained parameters", *columns], rows)
 
 
 def protocol(records: Sequence[Record]) -> str:
     """How the runs of a table were made."""
-    first, seeds = records[0], sorted({r["settings"]["seed"] for r in records})
+    first = records[0]
     s = first["settings"]
     images = "all images of each set" if s["count"] is None else f"{s['count']} images of each clean set"
     return (
         f"{s['steps']} steps of {s['batch_size']} crops of {s['crop'][0]} x {s['crop'][1]} from images of "
-        f"{s['size'][0]} x {s['size'][1]}; seeds {', '.join(map(str, seeds))}; {images}; {first['machine']}; "
-        f"torch {first['torch']}."
+        f"{s['size'][0]} x {s['size'][1]}; {images}; {first['machine']}; torch {first['torch']}."
     )
 
 
 def plot(groups_by_source: Mapping[str, Groups], path: Path) -> None:
-    """Unseen mIoU against trained parameters, a panel a source."""
+    """Unseen mIoU against trained parameters, a panel a source; the same bytes for the same results."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(groups_by_source), figsize=(5 * len(groups_by_source), 3.6), layout="constrained")
-    for panel, (source, groups) in zip(panels, groups_by_source.items(), strict=True):
+    plt.rcParams["svg.hashsalt"] = "mgfc"
+    shape = {"figsize": (5 * len(groups_by_source), 3.6), "layout": "constrained", "squeeze": False}
+    figure, panels = plt.subplots(1, len(groups_by_source), **shape)
+    for panel, (source, groups) in zip(panels[0], groups_by_source.items(), strict=True):
         for method, runs in groups.items():
             values = list(report.by_seed(runs, "unseen").values())
             place = max(runs[0]["parameters"], 1e4), mean(values)
             spread = [[place[1] - min(values)], [max(values) - place[1]]]
             panel.errorbar(*place, yerr=spread, fmt="o", color="tab:red" if method == OURS else "tab:gray")
             panel.annotate(TITLES[method].strip("*"), place, textcoords="offset points", xytext=(4, 4), fontsize=7)
-        panel.set(xscale="log", ylabel="mean unseen mIoU", title=source)
+        panel.set(xscale="log", ylabel="mean unseen mIoU", title=f"trained on {source}")
         panel.set_xlabel("trained parameters beside the head (none: at the left edge)")
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
-def show(results: Path, size: tuple[int, int], sources: Iterable[str], draw: Path | None) -> None:
-    """Prints the tables of one scale; draws the plot if there is a path for it."""
+def gather(results: Path, size: tuple[int, int]) -> dict[str, list[Record]]:
+    """Runs at one scale by source, in the order of `SOURCES`."""
     records = report.read(results / "runs.jsonl")
-    groups = {source: by_method(select(records, size, source)) for source in sources}
-    groups = {source: found for source, found in groups.items() if found}
+    found = {source: select(records, size, source) for source in SOURCES}
+    return {source: runs for source, runs in found.items() if runs}
+
+
+def sections(results: Path, size: tuple[int, int]) -> dict[str, str]:
+    """Every table of one scale in Markdown, by name.
+
+    Raises:
+        SystemExit: if no run was made at this scale.
+    """
+    runs = gather(results, size)
+    if not runs:
+        raise SystemExit(f"No runs of {size[0]} x {size[1]} images in {results / 'runs.jsonl'}: run the suite `peers` first.")
+    groups = {source: by_method(found) for source, found in runs.items()}
+    parts = {"summary": summary_table(groups), "protocol": protocol(next(iter(runs.values())))}
+    parts["cost"] = cost_table(next(iter(groups.values())))
     for source, found in groups.items():
-        print(f"\n## {source}\n\n{protocol([run for runs in found.values() for run in runs])}\n")
-        print(peers_table(found) + "\n")
-        print(targets_table(found))
+        parts[f"{source} peers"] = peers_table(found)
+        parts[f"{source} targets"] = targets_table(found)
+        parts[f"{source} classes"] = classes_table(found, "dusk")
+        forms = variants(runs[source])
+        if "default" in forms:
+            parts[f"{source} ablations"] = ablation_table(forms)
+    return parts
+
+
+def show(results: Path, size: tuple[int, int], draw: Path | None) -> None:
+    """Prints the tables of one scale; draws the plot if there is a path for it."""
+    for name, text in sections(results, size).items():
+        print(f"## {name}\n\n{text}\n")
     if draw is not None:
-        plot(groups, draw)
+        plot({source: by_method(found) for source, found in gather(results, size).items()}, draw)
