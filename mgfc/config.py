@@ -120,7 +120,7 @@ class MediumConfig(_Config):
     """
 
     num_prototypes: int = 16
-    temperature: float = 0.1
+    temperature: float = 0.05
     strength: float = 0.3
     layers: Layers = "last:4"
     loss_weight: float = 0.0

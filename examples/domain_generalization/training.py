@@ -143,9 +143,11 @@ def run(settings: Settings, data: Path, backbone: Path | None, device: str, chec
     cost = train(model, settings, data, checkpoint, save_every=60)
     iou = score(model, settings, data)
     checkpoint.unlink(missing_ok=True)
+    calibration = getattr(model[0].backbone, "calibration", None)
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     return {
         "settings": asdict(settings),
+        "calibration": None if calibration is None else calibration.config.to_dict(),
         "parameters": parameters,
         **{name: round(value, 4) for name, value in cost.items()},
         "machine": machine,

@@ -34,7 +34,7 @@ class MediumCalib(nn.Module):
 
     CERTAIN_SHARE = 0.025
 
-    def __init__(self, dim: int, num_prototypes: int = 16, temperature: float = 0.1, strength: float = 0.3) -> None:
+    def __init__(self, dim: int, num_prototypes: int = 16, temperature: float = 0.05, strength: float = 0.3) -> None:
         super().__init__()
         self.num_prototypes = num_prototypes
         self.temperature = temperature
