@@ -243,8 +243,9 @@ class TestTables:
 
     def test_peers_are_ranked_and_paired(self, found: dict[str, str]) -> None:
         assert found["synth_town peers"].splitlines()[2:] == [
-            "| Rein, low-rank tokens | 3 | 50.00 ± 0.00 | 40.00 ± 1.00 | 30.00 ± 1.00 | 35.00 ± 1.00 | +2.00 [-0.48, +4.48] |",
-            "| **mgfc** | 3 | 50.00 ± 0.00 | 42.00 ± 2.00 | 32.00 ± 2.00 | 37.00 ± 2.00 |  |",
+            "| Rein, low-rank tokens | 3 | 50.00 ± 0.00 | 40.00 ± 1.00 | 30.00 ± 1.00 | 35.00 ± 1.00 "
+            "| +0.00 [+0.00, +0.00] | +2.00 [-0.48, +4.48] |",
+            "| **mgfc** | 3 | 50.00 ± 0.00 | 42.00 ± 2.00 | 32.00 ± 2.00 | 37.00 ± 2.00 |  |  |",
         ]
         assert "| Rein, low-rank tokens | 0.001 | 1,000 | 0.50 | 100 |" in found["cost"]
         assert "| **mgfc** | 42.0 | 42.0 |" in found["synth_town classes"]

@@ -76,8 +76,9 @@ def peers_table(groups: Groups) -> str:
     rows = []
     for method in ranked(groups):
         runs = groups[method]
-        rows.append([TITLES[method], str(len(runs)), *figures(runs), paired(groups.get(OURS, []), runs)])
-    return report.markdown(["method", "seeds", *COLUMNS, "mgfc's lead, unseen"], rows)
+        leads = [paired(groups.get(OURS, []), runs, of) for of in ("in-domain", "unseen")]
+        rows.append([TITLES[method], str(len(runs)), *figures(runs), *leads])
+    return report.markdown(["method", "seeds", *COLUMNS, "mgfc's lead, in-domain", "mgfc's lead, unseen"], rows)
 
 
 def cost_table(groups: Groups) -> str:
