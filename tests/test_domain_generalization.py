@@ -44,11 +44,13 @@ def images() -> Tensor:
 
 
 class TestMethods:
-    @pytest.mark.parametrize("method", ["frozen", "full", "lora_attention", "lora_all", "dora_all", "adaptformer", "mgfc"])
+    @pytest.mark.parametrize(
+        "method", ["frozen", "full", "lora_attention", "lora_all", "dora_all", "adaptformer", "mgfc", "mgfc_lora"]
+    )
     def test_starts_as_the_bare_backbone(self, method: str, images: Tensor) -> None:
         vit = tiny_dinov2()
         bare = tokens_of(vit, images)
-        METHODS[method](vit, **({"rank": 8} if method == "mgfc" else {}))
+        METHODS[method](vit, **({"rank": 8} if "mgfc" in method else {}))
         torch.testing.assert_close(tokens_of(vit, images), bare, rtol=1e-5, atol=1e-5)
 
     def test_soma_moves_minor_components_and_keeps_the_function(self, images: Tensor) -> None:
@@ -67,7 +69,7 @@ class TestMethods:
     def test_all_that_it_trains_gets_a_gradient_and_nothing_else(self, method: str, images: Tensor) -> None:
         vit = tiny_dinov2()
         before = {name: p.detach().clone() for name, p in vit.named_parameters()}
-        METHODS[method](vit, **({"rank": 8} if method == "mgfc" else {}))
+        METHODS[method](vit, **({"rank": 8} if "mgfc" in method else {}))
         trained = {name for name, p in vit.named_parameters() if p.requires_grad}
         if method == "full":
             assert trained == set(before) - {"embeddings.mask_token"}

@@ -83,6 +83,12 @@ def mgfc(vit: nn.Module, **config: Any) -> None:
     wrap_backbone(vit, MGFCConfig.from_dict(config))
 
 
+def mgfc_lora(vit: nn.Module, **config: Any) -> None:
+    """Mgfc's default calibrators, and LoRA on every linear layer of the blocks beside them."""
+    lora_all(vit)
+    mgfc(vit, **config)
+
+
 METHODS: dict[str, Callable[..., None]] = {
     "frozen": frozen,
     "full": full,
@@ -95,4 +101,5 @@ METHODS: dict[str, Callable[..., None]] = {
     "haar": haar,
     "soma": soma,
     "mgfc": mgfc,
+    "mgfc_lora": mgfc_lora,
 }
