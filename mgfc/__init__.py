@@ -6,9 +6,9 @@ An implementation of the published description of Multi-Granularity Feature Cali
 __version__ = "0.1.0"
 
 from mgfc.calibration import BlockReport, Calibration
-from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib
+from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib, ReinCalib
 from mgfc.checkpoint import load_head
-from mgfc.config import CoarseConfig, FineConfig, MediumConfig, MGFCConfig
+from mgfc.config import CoarseConfig, FineConfig, MediumConfig, MGFCConfig, ReinConfig
 from mgfc.errors import (
     AdapterFileError,
     AdapterMismatchError,
@@ -42,6 +42,8 @@ __all__ = [
     "MGFCError",
     "MediumCalib",
     "MediumConfig",
+    "ReinCalib",
+    "ReinConfig",
     "SegmentationHead",
     "UnsupportedBackboneError",
     "get_calibration",

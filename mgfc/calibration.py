@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mgfc.adapter import GRANULARITIES, Adapter, Adapters, average
 from mgfc.backbones.description import block_width, max_extra_tokens, token_orders
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import Grid, GridTracker, first_tensor, stem_hooks, tag
 from mgfc.backbones.layout import PatchView, padding, pick_tensor, put_tensor, view_patches
-from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib
-from mgfc.calibrators.running import RunningMean, is_recomputing, keep_read
-from mgfc.config import CoarseConfig, FineConfig, MediumConfig, MGFCConfig, select_layers
-from mgfc.errors import CalibrationError, ConfigError
-from mgfc.losses import check_labels, coarse_loss, fine_loss, label_boundaries, label_mix, medium_loss
+from mgfc.backbones.tuners import tuner_parameters
+from mgfc.calibrators import CalibLayer, ReinCalib
+from mgfc.calibrators.running import keep_read
+from mgfc.config import AdapterConfig
+from mgfc.errors import AdapterMismatchError, CalibrationError, ConfigError
+from mgfc.peft import Tuner, eject, inject
 
 T = TypeVar("T")
 
@@ -55,56 +57,35 @@ class BlockReport:
         return f"{self.name}: {self.num_patches} patches, {grid}, {extra}, {'refined' if self.changed else 'unchanged'}"
 
 
-class _Records(dict[int, dict[str, Any]]):
-    """Intermediate tensors of the last forward, by block. They are part of one graph, so copies and files start empty."""
-
-    def __deepcopy__(self, memo: object) -> _Records:
-        return _Records()
-
-    def __reduce__(self) -> tuple[type[_Records], tuple[()]]:
-        return _Records, ()
-
-
 class Calibration(nn.Module):
     """The trainable calibrators of one backbone, reached as `backbone.calibration`.
 
     `wrap_backbone` makes it; its parameters are what a user's loop trains. It refines the patch tokens that leave each
-    calibrated block, whoever calls the block, and changes nothing else.
+    calibrated block, whoever calls the block, and changes nothing else. It holds one or more adapters by name, of which
+    one is active; `wrap_backbone` gives it the first, "default".
 
     Args:
         tower: the backbone.
-        config: what to put on it.
 
-    Raises:
-        ConfigError: if the configuration does not fit the backbone's width or depth.
+    Attributes:
+        adapters: `Adapter` by name.
+        active_adapter: name of the one that the backbone uses and training trains.
     """
 
-    def __init__(self, tower: Tower, config: MGFCConfig) -> None:
+    def __init__(self, tower: Tower) -> None:
         super().__init__()
-        blocks = tower.modules()
-        self.config = config
         self.block_names = tower.blocks
-        self.dims = tuple(block_width(block) for block in blocks)
+        self.dims = tuple(block_width(block) for block in tower.modules())
+        self.adapters = Adapters()
+        self.active_adapter = ""
         self.enabled = True
-        indices = select_layers(config.layers, len(blocks), "MGFCConfig.layers")
-        if config.rank > min(self.dims[i] for i in indices):
-            raise ConfigError(
-                f"MGFCConfig.rank: expected at most {min(self.dims[i] for i in indices)}, the width of the backbone's "
-                f"narrowest calibrated block, found {config.rank}. Choose a smaller rank."
-            )
-        self.layers = nn.ModuleDict(_build_layers(config, indices, self.dims))
-        num_classes, weights = config.num_classes or 0, config.loss_weights
-        self.presence = nn.Linear(config.rank, num_classes) if "coarse" in weights else None
-        num_prototypes = config.medium.num_prototypes if config.medium else 0
-        self.category = nn.Linear(num_prototypes, num_classes) if "medium" in weights else None
-        self.boundary = nn.Linear(config.rank, 1) if "fine" in weights else None
         self._orders = token_orders(tower)
         self._tracker = GridTracker(max_extra_tokens(tower))
-        self._records = _Records()
         self._reports: dict[int, BlockReport] | None = None
         self._handles: list[Any] = []
         self._frozen_names: tuple[str, ...] = ()
         self._frozen_norms: list[nn.Module] = []
+        self.has_peft = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
         """Within a copy of the backbone, belongs to that copy; copied alone, holds the parameters and no backbone."""
@@ -130,23 +111,132 @@ class Calibration(nn.Module):
         return Tower(self.backbone, "", self.block_names)
 
     @property
+    def adapter(self) -> Adapter:
+        """The active adapter."""
+        return self.adapters[self.active_adapter]
+
+    @property
+    def config(self) -> AdapterConfig:
+        """Configuration of the active adapter."""
+        return self.adapter.config
+
+    @property
+    def layers(self) -> nn.ModuleDict:
+        """Calibrators of the active adapter by block index."""
+        return self.adapter.layers
+
+    @property
     def num_parameters(self) -> int:
-        """Trainable parameters of the calibrators."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Trainable parameters of the active adapter."""
+        return self.adapter.num_parameters
 
     @property
     def num_batches(self) -> int | None:
-        """Training batches in the running statistics; None if no stage has any. They count in training mode alone."""
-        counts = [int(module.count) for module in self.modules() if isinstance(module, RunningMean)]
-        return min(counts) if counts else None
+        """Training batches in the active adapter's running statistics; None if no stage has any."""
+        return self.adapter.num_batches
 
-    def attach(self, tower: Tower) -> None:
-        """Registers the hooks on a tower's blocks and around its stem."""
+    def put_adapter(self, name: str, adapter: Adapter, root: nn.Module) -> None:
+        """Takes an adapter in, on the backbone's device; the first one becomes active."""
+        _follow(adapter, root)
+        adapter.train(self.training)
+        self.adapters[name] = adapter
+        if self.active_adapter:
+            adapter.requires_grad_(False)
+        else:
+            self.active_adapter = name
+
+    def add_adapter(
+        self,
+        name: str,
+        adapter: AdapterConfig | str | os.PathLike[str] | None = None,
+        **hub_options: Any,
+    ) -> None:
+        """Adds an adapter beside the others. The active one stays active: `set_adapter` switches.
+
+        Args:
+            name: new among `adapters`, without dots.
+            adapter: as in `wrap_backbone`.
+            **hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, as in `wrap_backbone`.
+
+        Raises:
+            ConfigError: if the name is taken or cannot be one, or the configuration does not fit the backbone.
+            AdapterNotFoundError, AdapterFileError, AdapterMismatchError: as in `wrap_backbone`.
+        """
+        from mgfc.checkpoint import build
+
+        self._check_new(name)
+        built, tuner = build(self.tower, adapter, **hub_options)
+        if tuner is not None:
+            raise AdapterMismatchError(
+                f"{adapter}: expected calibrators alone, found an adapter of PEFT's beside them, which all adapters would "
+                "share. Load it with wrap_backbone."
+            )
+        self.put_adapter(name, built, self.backbone)
+
+    def set_adapter(self, name: str) -> None:
+        """Makes an adapter the active one: the backbone uses it, and its parameters alone require gradients.
+
+        Raises:
+            ConfigError: if there is none of this name.
+        """
+        self._check_known(name)
+        self.active_adapter = name
+        for other in self.adapters:
+            self.adapters[other].requires_grad_(other == name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter that is not active.
+
+        Raises:
+            ConfigError: if there is none of this name, or it is the active one.
+        """
+        self._check_known(name)
+        if name == self.active_adapter:
+            raise ConfigError(
+                f"Adapter {name!r} is active. Activate another with set_adapter first, or remove all with unwrap_backbone."
+            )
+        del self.adapters[name]
+
+    def merge_adapters(self, names: Sequence[str], weights: Sequence[float] | None = None, *, name: str = "merged") -> None:
+        """Adds an adapter whose parameters and statistics are the weighted mean of others'. The active one stays active.
+
+        A mean of weights computes something sensible for adapters trained from one start, such as one adapter tuned
+        further for several domains; not for adapters trained apart.
+
+        Args:
+            names: of adapters with one configuration.
+            weights: one for each, divided by their sum; None for equal ones.
+            name: of the new adapter.
+
+        Raises:
+            ConfigError: if a name is unknown or the new one taken, the configurations differ, or the weights do not fit.
+        """
+        for known in names:
+            self._check_known(known)
+        self._check_new(name)
+        adapters = [self.adapters[known] for known in names]
+        self.put_adapter(name, average(adapters, [1.0] * len(names) if weights is None else weights), self.backbone)
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not name or "." in name or name in self.adapters:
+            raise ConfigError(
+                f"Adapter's name: expected a new one without dots beside {', '.join(self.adapters)}, found {name!r}."
+            )
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.adapters:
+            raise ConfigError(f"Adapter {name!r}: expected one of {', '.join(self.adapters)}. add_adapter adds others.")
+
+    def attach(self, tower: Tower, tuner: Tuner | None = None) -> None:
+        """Puts an adapter of PEFT's into a tower, if there is one, and registers the hooks on its blocks and stem."""
+        if tuner is not None:
+            inject(tower.root, *tuner)
+            self.has_peft = True
         self.__dict__["_backbone"] = tower.root
         self._handles = stem_hooks(tower.root, tower.blocks, self._tracker)
-        for key in self.layers:
-            block = tower.root.get_submodule(tower.blocks[int(key)])
-            hook = functools.partial(self._refine_block, int(key))
+        # Also on blocks that the active adapter leaves out: hooks added after torch.compile are ignored.
+        for index, block in enumerate(tower.modules()):
+            hook = functools.partial(self._refine_block, index)
             # Transformers captures feature maps by hooks of its own: ours has to run before them.
             self._handles.append(block.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
@@ -155,7 +245,7 @@ class Calibration(nn.Module):
         return x
 
     def detach(self) -> None:
-        """Removes the hooks again and gives back the `requires_grad` flags that `freeze` took."""
+        """Removes the hooks and PEFT's adapter again, and gives back the `requires_grad` flags that `freeze` took."""
         for handle in self._handles:
             handle.remove()
         parameters = dict(self.backbone.named_parameters())
@@ -164,11 +254,13 @@ class Calibration(nn.Module):
                 parameters[name].requires_grad_(True)
         for norm in self._frozen_norms:
             norm.train(self.backbone.training)
+        if self.has_peft:
+            eject(self.backbone)
         del self.__dict__["_backbone"]
 
     def freeze(self) -> None:
         """Freezes the backbone's parameters, except those of PEFT adapters in it, and its BatchNorm statistics."""
-        keep = _adapter_parameters(self.backbone) | {id(p) for p in self.parameters()}
+        keep = tuner_parameters(self.backbone) | {id(p) for p in self.parameters()}
         names = []
         for name, parameter in self.backbone.named_parameters():
             if parameter.requires_grad and id(parameter) not in keep:
@@ -187,22 +279,23 @@ class Calibration(nn.Module):
         return self
 
     def _refine_block(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.enabled:
+        adapter = self.adapter
+        if not self.enabled or str(index) not in adapter.layers:
             return None
         tensor = pick_tensor(output)
         if tensor is None:
             raise self._error(index, f"expected tokens from the block, found {type(output).__name__}")
-        layer = cast(CalibLayer, self.layers[str(index)])
+        layer = cast("CalibLayer | ReinCalib", adapter.layers[str(index)])
         try:
             view = view_patches(tensor, self.dims[index], self._orders[index], self._tracker, args, kwargs, output)
         except ValueError as error:
             raise self._error(index, str(error)) from None
-        record = self._new_record(index, view)
+        record = adapter.new_record(index, view.grid, len(view.patches))
         entry = first_tensor(args, kwargs)
         if entry is not None:
             keep_read(layer, entry)
         mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
-        patches = view.patches.to(layer.norm.weight.dtype)
+        patches = view.patches.to(next(layer.parameters()).dtype)
         if mask is None:
             delta = layer.delta(patches, view.grid, record)
         else:
@@ -212,13 +305,6 @@ class Calibration(nn.Module):
         if self._reports is not None:
             self._reports[index] = self._report(index, tensor, refined, view)
         return put_tensor(output, tensor, refined)
-
-    def _new_record(self, index: int, view: PatchView) -> dict[str, Any] | None:
-        recording = self.training and torch.is_grad_enabled() and bool(self.config.loss_weights)
-        if not recording or is_recomputing():
-            return None
-        self._records[index] = record = {"grid": view.grid, "batch": len(view.patches)}
-        return record
 
     def _report(self, index: int, tensor: Tensor, refined: Tensor, view: PatchView) -> BlockReport:
         changed = not torch.equal(tensor, refined)
@@ -231,6 +317,20 @@ class Calibration(nn.Module):
             f"Block {self.block_names[index]!r} of {type(self.backbone).__name__}: {problem}. "
             "Leave the block out with MGFCConfig(layers=...) or name other blocks with wrap_backbone(..., blocks=...)."
         )
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Within it, another adapter is active.
+
+        Raises:
+            ConfigError: if there is none of this name.
+        """
+        before = self.active_adapter
+        self.set_adapter(name)
+        try:
+            yield
+        finally:
+            self.set_adapter(before)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -258,43 +358,12 @@ class Calibration(nn.Module):
             LabelError: if labels have a wrong shape, dtype or class id.
             CalibrationError: in training mode, if no forward came before.
         """
-        weights = self.config.loss_weights
-        if not weights or not self.training:
-            return {}
-        if not self._records:
-            raise CalibrationError(
-                "The losses expect a forward of the backbone in training mode, with gradients, before each call; found none "
-                "since the last call. Call the backbone, then .loss(labels) once."
-            )
-        records = list(self._records.values())
-        check_labels(labels, records[0]["batch"], self.config.num_classes or 0, ignore_index)
-        self._records.clear()
-        functions = {"coarse": self._coarse_loss, "medium": self._medium_loss, "fine": self._fine_loss}
-        return {name: weight * functions[name](records, labels, ignore_index) for name, weight in weights.items()}
+        return self.adapter.losses(labels, ignore_index)
 
     def loss(self, labels: Tensor, ignore_index: int = 255) -> Tensor:
         """The sum of `losses`: a scalar to add to the task's loss; 0 with all weights at 0 and in eval mode."""
         device = next(self.parameters()).device
         return sum(self.losses(labels, ignore_index).values(), start=torch.zeros((), device=device))
-
-    def _coarse_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
-        assert self.presence is not None
-        logits = [self.presence(record["scene"]) for record in records if "scene" in record]
-        return coarse_loss(torch.stack(logits), labels, ignore_index) if logits else self.presence.weight.sum() * 0
-
-    def _medium_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
-        assert self.category is not None and self.config.num_classes is not None
-        placed = [record for record in records if "similarity" in record and record["grid"] is not None]
-        mixes = {grid: label_mix(labels, grid, self.config.num_classes, ignore_index) for grid in {r["grid"] for r in placed}}
-        terms = [medium_loss(self.category(r["similarity"].softmax(dim=-1)), mixes[r["grid"]]) for r in placed]
-        return torch.stack(terms).mean() if terms else self.category.weight.sum() * 0
-
-    def _fine_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
-        assert self.boundary is not None
-        placed = [record for record in records if "detail" in record]
-        targets = {grid: label_boundaries(labels, grid, ignore_index) for grid in {r["grid"] for r in placed}}
-        terms = [fine_loss(self.boundary(r["detail"].abs()).squeeze(-1), targets[r["grid"]]) for r in placed]
-        return torch.stack(terms).mean() if terms else self.boundary.weight.sum() * 0
 
     @torch.no_grad()
     def check(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> list[BlockReport]:
@@ -333,15 +402,18 @@ class Calibration(nn.Module):
 
     def summary(self) -> str:
         """A table of trainable parameters per block and granularity, their share of the backbone, and batches seen."""
-        rows = [(self.block_names[int(key)], _count_stages(layer)) for key, layer in self.layers.items()]
-        shared = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("layers."))
-        columns = ("bottleneck", "coarse", "medium", "fine")
+        adapter = self.adapter
+        rows = [(self.block_names[index], counts) for index, counts in adapter.count_stages()]
+        shared = sum(p.numel() for n, p in adapter.named_parameters() if not n.startswith("layers."))
+        columns = ("bottleneck", *GRANULARITIES)
         width = max([len(name) for name, _ in rows] + [len("shared")])
         lines = ["  ".join([" " * width, *(f"{column:>10}" for column in columns)])]
         lines += ["  ".join([f"{name:<{width}}", *(f"{counts[c]:>10,}" for c in columns)]) for name, counts in rows]
-        lines.append(f"{'shared':<{width}}  {shared:>10,}  (heads of the losses)")
+        lines.append(
+            f"{'shared':<{width}}  {shared:>10,}  ({'heads of the losses' if adapter.maps is None else 'linear maps'})"
+        )
         own = self.num_parameters
-        backbone = sum(p.numel() for p in self.backbone.parameters()) - own
+        backbone = sum(p.numel() for p in self.backbone.parameters()) - sum(p.numel() for p in self.parameters())
         lines.append(f"{own:,} parameters, {100 * own / backbone:.2f} % of the backbone's {backbone:,}")
         if self.num_batches is not None:
             lines.append(f"statistics of {self.num_batches} training batches")
@@ -360,53 +432,19 @@ class Calibration(nn.Module):
         return push_to_hub(self, repo_id, head=head, **options)
 
 
-def _build_layers(config: MGFCConfig, indices: tuple[int, ...], dims: tuple[int, ...]) -> dict[str, nn.Module]:
-    def chosen(name: str, stage: CoarseConfig | MediumConfig | FineConfig | None) -> tuple[int, ...]:
-        where = f"MGFCConfig.{name}.layers"
-        return () if stage is None else select_layers(stage.layers, len(dims), where, among=indices)
-
-    coarse, medium, fine = config.coarse, config.medium, config.fine
-    in_coarse, in_medium, in_fine = chosen("coarse", coarse), chosen("medium", medium), chosen("fine", fine)
-    layers: dict[str, nn.Module] = {}
-    for index in indices:
-        dim = dims[index]
-        layers[str(index)] = CalibLayer(
-            dim,
-            config.rank,
-            CoarseCalib(dim, coarse.strength) if coarse and index in in_coarse else None,
-            MediumCalib(dim, medium.num_prototypes, medium.temperature, medium.strength)
-            if medium and index in in_medium
-            else None,
-            FineCalib(config.rank, fine.kernel_size) if fine and index in in_fine else None,
-        )
-    return layers
+def _follow(adapter: Adapter, root: nn.Module) -> None:
+    """Moves calibrators to the backbone's device; half precision is no place to train, so they stay in float32."""
+    reference = next((p for p in root.parameters() if p.is_floating_point()), None)
+    if reference is not None:
+        place = (reference.device, torch.promote_types(reference.dtype, torch.float32))
+        if any((p.device, p.dtype) != place for p in adapter.parameters()):
+            adapter.to(*place)
 
 
-def _padded_delta(layer: CalibLayer, patches: Tensor, valid: Tensor) -> Tensor:
+def _padded_delta(layer: CalibLayer | ReinCalib, patches: Tensor, valid: Tensor) -> Tensor:
     """What the layer adds to each image's real patches alone; padding stays as it is."""
     delta = torch.zeros_like(patches)
     for index in range(len(patches)):
         real = layer.delta(patches[index : index + 1, valid[index]], None)[0]
         delta[index, valid[index]] = real.to(delta.dtype)
     return delta
-
-
-def _adapter_parameters(backbone: nn.Module) -> set[int]:
-    """Parameters that PEFT put into a backbone: everything under a tuner layer except what it wraps."""
-    found: set[int] = set()
-    bases = {"BaseTunerLayer", "AuxiliaryTrainingWrapper"}
-    tuners = tuple(cls for cls in set(map(type, backbone.modules())) if bases & {base.__name__ for base in cls.__mro__})
-    for module in backbone.modules():
-        if isinstance(module, tuners):
-            wrapped = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
-            base = {id(p) for p in wrapped.parameters()} if isinstance(wrapped, nn.Module) else set()
-            found |= {id(p) for p in module.parameters() if id(p) not in base}
-    return found
-
-
-def _count_stages(layer: nn.Module) -> dict[str, int]:
-    counts = dict.fromkeys(("bottleneck", "coarse", "medium", "fine"), 0)
-    for name, parameter in layer.named_parameters():
-        stage = name.split(".")[0]
-        counts[stage if stage in counts else "bottleneck"] += parameter.numel()
-    return counts

@@ -10,20 +10,26 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 import mgfc
-from mgfc.backbones.description import describe
+from mgfc import peft
+from mgfc.adapter import Adapter
+from mgfc.backbones.description import block_width, describe
 from mgfc.backbones.detection import Tower
-from mgfc.calibration import Calibration
-from mgfc.config import MGFCConfig
+from mgfc.config import AdapterConfig, MGFCConfig, method_of
+from mgfc.config import read_config as read_calibration
+from mgfc.distributed import process, whole
 from mgfc.errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, ConfigError
 from mgfc.heads import SegmentationHead
+
+if TYPE_CHECKING:
+    from mgfc.calibration import Calibration
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
@@ -33,6 +39,7 @@ _MUST_MATCH = ("depth", "embed_dim", "patch_size", "num_prefix_tokens")
 _FINGERPRINT_TOLERANCE = 0.01
 
 Locate = Callable[[str], Path]
+Content = bytes | nn.Module | Mapping[str, Tensor] | None
 
 
 def save_pretrained(
@@ -44,7 +51,9 @@ def save_pretrained(
     base_model: str | None = None,
     license: str = "apache-2.0",
 ) -> None:
-    """Writes an adapter into a directory.
+    """Writes the active adapter into a directory.
+
+    Under `torch.distributed` the first process writes, and all have to call this where parameters are sharded (FSDP).
 
     The save is atomic: whatever interrupts it, a reader finds the files of before or those of now. Other files in the
     directory stay; so does a model card that was edited (one without the mark that generated cards carry).
@@ -64,10 +73,9 @@ def save_pretrained(
     Warns:
         UserWarning: if the calibrators were trained, but in eval mode, so that their statistics are empty.
     """
-    from mgfc.hub import is_edited_card, model_card
-
-    if calibration.num_batches == 0 and any(
-        p.any() for name, p in calibration.named_parameters() if name.endswith(".up.weight")
+    adapter = calibration.adapter
+    if adapter.num_batches == 0 and any(
+        whole(p).any() for name, p in adapter.named_parameters() if name.endswith(".up.weight")
     ):
         warnings.warn(
             "The calibrators were trained, but their statistics have seen no batch: the backbone was in eval mode, and the "
@@ -78,25 +86,48 @@ def save_pretrained(
     backbone = describe(calibration.tower)
     if base_model is not None:
         backbone["base_model"] = base_model
-    content: dict[str, Any] = {
+    described = None if head is None else {"class": type(head).__name__, "arguments": getattr(head, "arguments", None)}
+    tuner = peft.files(calibration.backbone) if calibration.has_peft else None
+    content = {"backbone": backbone, "head": described, "training": dict(training or {}), "license": license}
+    write(Path(directory), adapter, content, head, tuner)
+
+
+def write(
+    directory: Path, adapter: Adapter, content: Mapping[str, Any], head: Content = None, tuner: Sequence[Content] | None = None
+) -> None:
+    """Writes the files of an adapter, all or none.
+
+    Args:
+        directory: made if missing.
+        adapter: whose parameters and configuration are written.
+        content: the rest of `config.json`: "backbone", "head", "training", "license".
+        head: a module or its tensors.
+        tuner: what `mgfc.peft.files` returns.
+
+    Raises:
+        ConfigError: if the content cannot be written as JSON.
+    """
+    from mgfc.hub import is_edited_card, model_card
+
+    content = {
         "library_name": "mgfc",
         "format_version": FORMAT_VERSION,
         "mgfc_version": mgfc.__version__,
-        "calibration": calibration.config.to_dict(),
-        "backbone": backbone,
-        "head": None if head is None else {"class": type(head).__name__, "arguments": getattr(head, "arguments", None)},
-        "training": dict(training or {}),
-        "license": license,
+        "method": method_of(adapter.config),
+        "calibration": adapter.config.to_dict(),
+        "peft": tuner is not None,
+        **content,
     }
     try:
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ConfigError(f"training, head.arguments: expected what JSON can hold, found otherwise ({error}).") from None
-    files: dict[str, bytes | nn.Module | None] = {CONFIG: text.encode(), WEIGHTS: calibration, HEAD: head}
-    card = Path(directory) / CARD
+    files: dict[str, Content] = {CONFIG: text.encode(), WEIGHTS: adapter, HEAD: head}
+    files[peft.CONFIG], files[peft.WEIGHTS] = tuner or (None, None)
+    card = directory / CARD
     if not (card.is_file() and is_edited_card(card)):
-        files[CARD] = model_card(content, calibration.num_parameters).encode()
-    _write_together(Path(directory), files)
+        files[CARD] = model_card(content, adapter.num_parameters).encode()
+    _write_together(directory, files)
 
 
 def _check_notes(training: Mapping[str, Any]) -> None:
@@ -107,27 +138,23 @@ def _check_notes(training: Mapping[str, Any]) -> None:
         raise ConfigError(f"training: expected datasets to be a list of names, found {datasets!r}.")
 
 
-def _write_together(directory: Path, files: Mapping[str, bytes | nn.Module | None]) -> None:
+def _write_together(directory: Path, files: Mapping[str, Content]) -> None:
     """Writes files beside their places, commits all of them by one rename, then moves them to their places.
 
     From the rename on a reader looks into `.incoming` first; a file that is None is removed.
     """
-    from safetensors.torch import save
-
+    encoded = {name: _encode(content) for name, content in files.items()}
+    if process()[0] != 0:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     _finish(directory)
     for left_by_a_crash in directory.glob(f"{_STAGING}*"):
         shutil.rmtree(left_by_a_crash, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
     try:
-        for name, content in files.items():
-            path = staging / name
-            if isinstance(content, nn.Module):
-                # Clones, since safetensors refuses tensors that share memory, as tied weights of a head do.
-                tensors = {key: value.detach().clone().contiguous() for key, value in content.state_dict().items()}
-                # Not save_file, whose files nobody but their owner may read.
-                content = save(tensors, metadata={"format": "pt"})
+        for name, content in encoded.items():
             if content is not None:
+                path = staging / name
                 path.write_bytes(content)
                 _sync(path)
         os.replace(staging, directory / _INCOMING)
@@ -135,9 +162,23 @@ def _write_together(directory: Path, files: Mapping[str, bytes | nn.Module | Non
         shutil.rmtree(staging, ignore_errors=True)
     _sync(directory)
     _finish(directory)
-    for name, content in files.items():
+    for name, content in encoded.items():
         if content is None:
             (directory / name).unlink(missing_ok=True)
+
+
+def _encode(content: Content) -> bytes | None:
+    """What a file holds: modules and dicts of tensors in safetensors format."""
+    from safetensors.torch import save
+
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
+    if not isinstance(content, Mapping):
+        return content
+    # Clones, since safetensors refuses tensors that share memory, as tied weights of a head do.
+    tensors = {key: whole(value.detach()).clone().contiguous() for key, value in content.items()}
+    # Not save_file, whose files nobody but their owner may read.
+    return save(tensors, metadata={"format": "pt"})
 
 
 def _finish(directory: Path) -> None:
@@ -247,8 +288,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def load(tower: Tower, source: str | os.PathLike[str], **hub_options: Any) -> Calibration:
-    """Builds the calibration that a saved adapter holds, for a backbone that stays untouched.
+def build(
+    tower: Tower, adapter: AdapterConfig | str | os.PathLike[str] | None, **hub_options: Any
+) -> tuple[Adapter, peft.Tuner | None]:
+    """A fresh adapter of a configuration (None: the default one), or a saved one, for a backbone that stays untouched.
+
+    A saved one may have an adapter of PEFT's beside it, which is returned, too.
+
+    Raises:
+        ConfigError: if the configuration does not fit the backbone, or `adapter` is of another type.
+        AdapterNotFoundError, AdapterFileError, AdapterMismatchError: as in `load`.
+    """
+    if adapter is None or isinstance(adapter, AdapterConfig):
+        return Adapter(adapter or MGFCConfig(), _widths(tower)), None
+    if isinstance(adapter, (str, os.PathLike)):
+        return load(tower, adapter, **hub_options)
+    raise ConfigError(f"adapter: expected an MGFCConfig, a directory or a Hub id, found {type(adapter).__name__}.")
+
+
+def _widths(tower: Tower) -> list[int]:
+    return [block_width(block) for block in tower.modules()]
+
+
+def load(tower: Tower, source: str | os.PathLike[str], **hub_options: Any) -> tuple[Adapter, peft.Tuner | None]:
+    """Reads a saved adapter for a backbone that stays untouched.
 
     Args:
         tower: the backbone.
@@ -266,18 +329,21 @@ def load(tower: Tower, source: str | os.PathLike[str], **hub_options: Any) -> Ca
     found = describe(tower)
     _compare_backbones(content["backbone"], found, os.fspath(source))
     try:
-        config = MGFCConfig.from_dict(content["calibration"])
+        config = read_calibration(content.get("method", "mgfc"), content["calibration"])
     except ConfigError as error:
         raise AdapterFileError(f"{config_path}: {error}") from None
     tensors = read_tensors(find(WEIGHTS))
     try:
         with torch.device("meta"):
-            calibration = Calibration(tower, config)
+            adapter = Adapter(config, _widths(tower))
     except ConfigError as error:
         raise AdapterMismatchError(f"{os.fspath(source)} does not fit this {found['architecture']}. {error}") from None
-    _load_strictly(calibration, tensors, os.fspath(source))
+    _load_strictly(adapter, tensors, os.fspath(source))
     _compare_fingerprints(content["backbone"].get("fingerprint"), found["fingerprint"], os.fspath(source))
-    return calibration
+    tuner = None
+    if content.get("peft"):
+        tuner = peft.read_config(find(peft.CONFIG)), read_tensors(find(peft.WEIGHTS))
+    return adapter, tuner
 
 
 def load_head(source: str | os.PathLike[str], head: nn.Module | None = None, **hub_options: Any) -> nn.Module:
@@ -355,5 +421,5 @@ def _compare_fingerprints(expected: object, found: list[float], source: str) -> 
         warnings.warn(
             f"{source} was trained on a backbone of the same shape but other weights: {sum(apart)} of {len(apart)} blocks "
             "differ. Its calibrators will probably do harm; load the weights that its config.json names.",
-            stacklevel=4,
+            stacklevel=5,
         )

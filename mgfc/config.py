@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from mgfc.errors import ConfigError
 
@@ -201,6 +201,51 @@ class MGFCConfig(_Config):
         """The weights above 0, by granularity."""
         stages = {"coarse": self.coarse, "medium": self.medium, "fine": self.fine}
         return {name: stage.loss_weight for name, stage in stages.items() if stage is not None and stage.loss_weight > 0}
+
+
+@dataclass(frozen=True)
+class ReinConfig(_Config):
+    """Rein's low-rank tokens in place of mgfc's calibrators (see `ReinCalib`), as `mgfc convert-rein` writes them.
+
+    Args:
+        num_tokens: learnt tokens m of each block.
+        token_rank: their rank; None for tokens of full rank.
+        layers: blocks that are refined, as in `MGFCConfig`.
+    """
+
+    num_tokens: int = 100
+    token_rank: int | None = 16
+    layers: Layers = "all"
+
+    def __post_init__(self) -> None:
+        _expect(_is_int(self.num_tokens) and self.num_tokens > 1, "ReinConfig.num_tokens", "an int > 1", self.num_tokens)
+        valid = self.token_rank is None or (_is_int(self.token_rank) and self.token_rank > 0)
+        _expect(valid, "ReinConfig.token_rank", "an int > 0 or None", self.token_rank)
+        self._check_layers(self.layers)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """None: Rein has no losses of its own."""
+        return {}
+
+
+def read_config(method: object, values: Mapping[str, Any]) -> AdapterConfig:
+    """The configuration that a file holds: the name of its method, and the dict form.
+
+    Raises:
+        ConfigError: if there is no such method, or the dict is not one of its configurations.
+    """
+    _expect(method in METHODS, "method", f"one of {', '.join(METHODS)}", method)
+    return METHODS[str(method)].from_dict(values)
+
+
+def method_of(config: AdapterConfig) -> str:
+    """The name of a configuration's method, for `read_config`."""
+    return next(name for name, kind in METHODS.items() if isinstance(config, kind))
+
+
+AdapterConfig: TypeAlias = MGFCConfig | ReinConfig
+METHODS: dict[str, type[MGFCConfig] | type[ReinConfig]] = {"mgfc": MGFCConfig, "rein": ReinConfig}
 
 
 def _stage_classes() -> dict[str, type[_Config]]:

@@ -179,7 +179,6 @@ def is_edited_card(card: Path) -> bool:
 def model_card(content: Mapping[str, Any], num_parameters: int) -> str:
     """The model card of an adapter, from the content of its `config.json`."""
     backbone, training = content["backbone"], content["training"]
-    stages = [name for name in ("coarse", "medium", "fine") if content["calibration"][name] is not None]
     header = ["library_name: mgfc", "pipeline_tag: image-segmentation", f"license: {_yaml(content['license'])}"]
     if backbone["base_model"]:
         header += [f"base_model: {_yaml(backbone['base_model'])}", "base_model_relation: adapter"]
@@ -189,7 +188,7 @@ def model_card(content: Mapping[str, Any], num_parameters: int) -> str:
     name = backbone["base_model"] or backbone["architecture"]
     lines = ["---", *header, "---", CARD_MARK, "", f"# mgfc adapter for {name}", ""]
     lines += [
-        f"Calibrators ({', '.join(stages) or 'bottleneck only'}) of rank {content['calibration']['rank']} for a frozen "
+        f"{_what(content)} for a frozen "
         f"{backbone['architecture']} of {backbone['depth']} blocks and width {backbone['embed_dim']}: "
         f"{num_parameters:,} parameters. "
         "Made with mgfc, an implementation of the published description of Multi-Granularity Feature Calibration "
@@ -212,6 +211,14 @@ def model_card(content: Mapping[str, Any], num_parameters: int) -> str:
     if notes:
         lines += ["## Training", "", *(f"- {key}: {value}" for key, value in notes.items()), ""]
     return "\n".join(lines)
+
+
+def _what(content: Mapping[str, Any]) -> str:
+    values = content["calibration"]
+    if content["method"] == "rein":
+        return f"Rein's refinement (arXiv 2312.04265) with {values['num_tokens']} tokens a block"
+    stages = [name for name in ("coarse", "medium", "fine") if values[name] is not None]
+    return f"Calibrators ({', '.join(stages) or 'bottleneck only'}) of rank {values['rank']}"
 
 
 def _yaml(text: str) -> str:

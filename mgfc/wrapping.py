@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
 from torch import nn
 
+from mgfc.adapter import Adapter
 from mgfc.backbones.detection import Tower, find_tower
 from mgfc.calibration import Calibration
-from mgfc.config import MGFCConfig
+from mgfc.checkpoint import build
+from mgfc.config import AdapterConfig
 from mgfc.errors import CalibrationError, ConfigError, UnsupportedBackboneError
+from mgfc.peft import Tuner
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def wrap_backbone(
     backbone: M,
-    adapter: MGFCConfig | str | os.PathLike[str] | None = None,
+    adapter: AdapterConfig | str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -27,6 +32,7 @@ def wrap_backbone(
     local_files_only: bool = False,
     freeze: bool = True,
     blocks: str | Sequence[str] | None = None,
+    peft_config: PeftConfig | None = None,
 ) -> M:
     """Attaches calibrators to a vision transformer, in place, and returns the same object.
 
@@ -45,13 +51,15 @@ def wrap_backbone(
         local_files_only: never use the network.
         freeze: freeze the backbone's parameters (not those of a PEFT adapter in it) and its BatchNorm statistics.
         blocks: a regular expression or names of the blocks, for what detection cannot find.
+        peft_config: of an adapter of the `peft` library to train beside the calibrators, e.g. a `peft.LoraConfig`;
+            it is saved and loaded with them.
 
     Returns:
         `backbone`.
 
     Raises:
         UnsupportedBackboneError: if it holds no vision transformer that can be calibrated, or is wrapped already.
-        ConfigError: if the configuration does not fit the backbone.
+        ConfigError: if the configuration does not fit the backbone, or PEFT refuses its own.
         AdapterNotFoundError: if the adapter cannot be reached.
         AdapterFileError: if its files are damaged.
         AdapterMismatchError: if it was made for another backbone.
@@ -68,22 +76,39 @@ def wrap_backbone(
         raise UnsupportedBackboneError(f"Expected a torch.nn.Module, found {type(backbone).__name__}.")
     tower = find_tower(backbone, blocks)
     _reject_wrapped(backbone, tower)
-    if adapter is None or isinstance(adapter, MGFCConfig):
-        calibration = Calibration(tower, adapter or MGFCConfig())
-    elif isinstance(adapter, (str, os.PathLike)):
-        from mgfc.checkpoint import load
-
-        calibration = load(
-            tower, adapter, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-        )
-    else:
-        raise ConfigError(f"adapter: expected an MGFCConfig, a directory or a Hub id, found {type(adapter).__name__}.")
-    _follow(calibration, tower.root)
-    calibration.attach(tower)
-    tower.root.calibration = calibration
+    built, tuner = build(tower, adapter, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    if peft_config is not None:
+        if tuner is not None:
+            raise ConfigError(f"peft_config: {adapter} has an adapter of PEFT's of its own. Leave peft_config out.")
+        tuner = peft_config, None
+    calibration = _attach(tower, "default", built, tuner)
     if freeze:
         calibration.freeze()
     return backbone
+
+
+def _attach(tower: Tower, name: str, adapter: Adapter, tuner: Tuner | None = None) -> Calibration:
+    calibration = Calibration(tower)
+    calibration.train(tower.root.training)
+    calibration.put_adapter(name, adapter, tower.root)
+    calibration.attach(tower, tuner)
+    tower.root.calibration = calibration
+    return calibration
+
+
+def attach_adapter(model: nn.Module, name: str, config: AdapterConfig, blocks: str | None = None) -> None:
+    """As `wrap_backbone`, under another name than "default", or beside the adapters that a wrapped model has.
+
+    Raises:
+        UnsupportedBackboneError, ConfigError: as `wrap_backbone` and `Calibration.add_adapter`.
+    """
+    if any(isinstance(module, Calibration) for module in model.modules()):
+        get_calibration(model).add_adapter(name, config)
+        return
+    tower = find_tower(model, blocks)
+    _reject_wrapped(model, tower)
+    adapter, _ = build(tower, config)
+    _attach(tower, name, adapter).freeze()
 
 
 def unwrap_backbone(backbone: M) -> M:
@@ -130,13 +155,3 @@ def _reject_wrapped(model: nn.Module, tower: Tower) -> None:
         raise UnsupportedBackboneError(
             f"{type(tower.root).__name__} has an attribute `calibration` of its own, where the calibrators would go."
         )
-
-
-def _follow(calibration: Calibration, root: nn.Module) -> None:
-    """Moves the calibrators to the backbone's device; half precision is no place to train, so they stay in float32."""
-    reference = next((p for p in root.parameters() if p.is_floating_point()), None)
-    if reference is not None:
-        place = (reference.device, torch.promote_types(reference.dtype, torch.float32))
-        if any((p.device, p.dtype) != place for p in calibration.parameters()):
-            calibration.to(*place)
-    calibration.train(root.training)

@@ -28,7 +28,7 @@ from mgfc import (
     unwrap_backbone,
     wrap_backbone,
 )
-from mgfc.backbones.detection import find_tower
+from mgfc.adapter import Adapter
 
 
 def weighted(scale: float) -> MGFCConfig:
@@ -69,10 +69,10 @@ def test_losses_are_weighted_terms_and_free_their_records() -> None:
     model, images, labels = make(LOSSES).train(), torch.randn(2, 3, 32, 48), torch.randint(0, 5, (2, 64, 96))
     settle(model)
     model(images)
-    assert set(model.calibration._records) == {0, 1, 2}
+    assert set(model.calibration.adapter._records) == {0, 1, 2}
     terms = model.calibration.losses(labels)
     assert list(terms) == ["coarse", "medium", "fine"]
-    assert not model.calibration._records
+    assert not model.calibration.adapter._records
     twin = make(weighted(2.0)).train()
     settle(twin)
     twin(images)
@@ -111,16 +111,16 @@ def test_nothing_is_recorded_without_need() -> None:
     images, labels = torch.randn(2, 3, 32, 48), torch.randint(0, 5, (2, 32, 48))
     off = make().train()
     off(images)
-    assert not off.calibration._records
+    assert not off.calibration.adapter._records
     assert off.calibration.loss(labels) == 0
     assert off.calibration.losses(labels) == {}
     on = make(LOSSES)
     on.eval()(images)
-    assert not on.calibration._records
+    assert not on.calibration.adapter._records
     assert on.calibration.loss(labels) == 0
     with torch.no_grad():
         on.train()(images)
-    assert not on.calibration._records
+    assert not on.calibration.adapter._records
     with pytest.raises(CalibrationError, match="expect a forward of the backbone in training mode"):
         on.calibration.loss(labels)
 
@@ -129,13 +129,13 @@ def test_records_are_not_copied_or_saved() -> None:
     model = make(LOSSES).train()
     model(torch.randn(2, 3, 32, 48))
     twin = copy.deepcopy(model)
-    assert not twin.calibration._records
-    assert len(model.calibration._records) == 3
+    assert not twin.calibration.adapter._records
+    assert len(model.calibration.adapter._records) == 3
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
-    assert not loaded.calibration._records
+    assert not loaded.calibration.adapter._records
     images = torch.randn(1, 3, 32, 48)
     assert same(loaded.eval()(images), model.eval()(images))
 
@@ -174,7 +174,9 @@ def test_losses_of_stages_on_some_blocks() -> None:
     terms = model.calibration.losses(torch.randint(0, 5, (2, 32, 48)))
     assert all(value > 0 for value in terms.values())
     sum(terms.values()).backward()
-    reached = {name.split(".")[1] for name, grad in gradients(model.calibration).items() if "layers" in name and grad.any()}
+    reached = {
+        name.split(".")[1] for name, grad in gradients(model.calibration.adapter).items() if "layers" in name and grad.any()
+    }
     assert reached == {"0", "1", "2"}
 
 
@@ -248,7 +250,7 @@ def two_crops(model: nn.Module, *, checkpointing: bool) -> dict[str, Tensor]:
         features = model.forward_features(torch.randn(2, 3, height, width))
         total = total + features.square().mean() + model.calibration.loss(torch.randint(0, 5, (2, height, width)))
     total.backward()
-    assert not model.calibration._records
+    assert not model.calibration.adapter._records
     return gradients(model)
 
 
@@ -485,7 +487,7 @@ def test_detached_calibration_says_so() -> None:
     unwrap_backbone(model)
     with pytest.raises(CalibrationError, match="not attached to a backbone"):
         calibration.check(torch.randn(1, 3, 32, 48))
-    assert Calibration(find_tower(model), MGFCConfig(rank=8)).num_parameters == calibration.num_parameters
+    assert Adapter(MGFCConfig(rank=8), calibration.dims).num_parameters == calibration.num_parameters
 
 
 def test_stage_outside_the_calibrated_blocks() -> None:

@@ -166,8 +166,13 @@ def gather(results: Path, size: tuple[int, int]) -> dict[str, list[Record]]:
     return {source: runs for source, runs in found.items() if runs}
 
 
-def sections(results: Path, size: tuple[int, int]) -> dict[str, str]:
-    """Every table of one scale in Markdown, by name.
+def enough(groups: Groups, min_seeds: int) -> dict[str, Sequence[Record]]:
+    """Rows with at least so many seeds."""
+    return {name: runs for name, runs in groups.items() if len(runs) >= min_seeds}
+
+
+def sections(results: Path, size: tuple[int, int], min_seeds: int = 1) -> dict[str, str]:
+    """Every table of one scale in Markdown, by name, without rows of fewer seeds.
 
     Raises:
         SystemExit: if no run was made at this scale.
@@ -175,14 +180,14 @@ def sections(results: Path, size: tuple[int, int]) -> dict[str, str]:
     runs = gather(results, size)
     if not runs:
         raise SystemExit(f"No runs of {size[0]} x {size[1]} images in {results / 'runs.jsonl'}: run the suite `peers` first.")
-    groups = {source: by_method(found) for source, found in runs.items()}
+    groups = {source: enough(by_method(found), min_seeds) for source, found in runs.items()}
     parts = {"summary": summary_table(groups), "protocol": protocol(next(iter(runs.values())))}
     parts["cost"] = cost_table(next(iter(groups.values())))
     for source, found in groups.items():
         parts[f"{source} peers"] = peers_table(found)
         parts[f"{source} targets"] = targets_table(found)
         parts[f"{source} classes"] = classes_table(found, "dusk")
-        forms = variants(runs[source])
+        forms = enough(variants(runs[source]), min_seeds)
         if "default" in forms:
             parts[f"{source} ablations"] = ablation_table(forms)
     return parts

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.exceptions import TRAILING
 from mgfc.backbones.layout import MaskUnitOrder, Order, RasterOrder, WindowOrder
+from mgfc.backbones.tuners import own_modules
+from mgfc.distributed import whole
 from mgfc.errors import UnsupportedBackboneError
 
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|intermediate|output|fc\d|swiglu", re.IGNORECASE)
@@ -25,7 +27,7 @@ def _feed_forward_maps(block: nn.Module) -> list[tuple[str, nn.Module]]:
     """The linear maps of a block's feed-forward network, in order; all of the block's where none is named so."""
     maps = [
         (name, module)
-        for name, module in block.named_modules()
+        for name, module in own_modules(block)
         if ("out_features" in vars(module) or "out_channels" in vars(module))
         and isinstance(getattr(module, "weight", None), Tensor)
         and module.weight.ndim in (2, 4)
@@ -129,9 +131,11 @@ def fingerprint(tower: Tower) -> list[float]:
     """
     norms = []
     for block in tower.modules():
-        weight: Any = output_linear(block).weight
-        rows = weight.dequantize() if weight.is_quantized else weight
-        norms.append(float(rows[::32].detach().float().norm()))
+        module: Any = output_linear(block)
+        weight = whole(module.weight.detach())
+        if weight.is_quantized or type(weight).__module__.startswith("torchao"):
+            weight = weight.dequantize()
+        norms.append(float(weight[::32].float().norm()))
     return [float(f"{norm:.6g}") for norm in norms]
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mgfc.calibrators.running import RunningMean
+from mgfc.distributed import process
 
 
 class MediumCalib(nn.Module):
@@ -66,10 +67,14 @@ class MediumCalib(nn.Module):
         return shift, similarity
 
     def _first(self, tokens: Tensor) -> Tensor:
-        """Tokens at even distances in the first batch, as sums and shares of the first prototypes."""
+        """Tokens at even distances in the first batch of all processes, as sums and shares of the first prototypes."""
+        rank, size = process()
         tokens = tokens.flatten(0, 1)
-        places = torch.arange(self.num_prototypes, device=tokens.device) * tokens.shape[0] // self.num_prototypes
-        return F.pad(tokens[places], (0, 1), value=1.0) / self.num_prototypes
+        count = len(tokens)
+        places = torch.arange(self.num_prototypes, device=tokens.device) * count * size // self.num_prototypes - rank * count
+        own = (places >= 0) & (places < count)
+        sums = F.pad(tokens[places.clamp(0, count - 1)], (0, 1), value=1.0) / self.num_prototypes
+        return sums * own.unsqueeze(-1) * size  # the mean over processes makes them one batch
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Calibrates patch tokens. In training mode, also takes in their statistics.

@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mgfc.distributed import mean_over_processes
+
 
 def is_recomputing() -> bool:
     """Whether this is activation checkpointing's second pass, which runs inside backward."""
@@ -64,7 +66,7 @@ class RunningMean(nn.Module):
 
     @torch.no_grad()
     def observe(self, value: Tensor) -> None:
-        """In training mode, adds what a batch showed."""
+        """In training mode, adds what a batch showed: of all processes, which share it equally."""
         if self.training and not is_recomputing():
             self.count += 1
-            self.value += (1 / self.count).clamp_min(self.momentum) * (value - self.value)
+            self.value += (1 / self.count).clamp_min(self.momentum) * (mean_over_processes(value) - self.value)

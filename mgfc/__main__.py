@@ -1,0 +1,5 @@
+import sys
+
+from mgfc.cli import main
+
+sys.exit(main())

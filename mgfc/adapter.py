@@ -1,0 +1,260 @@
+"""One set of calibrators: what a training run trains, what a directory holds, what can be switched."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib, ReinCalib
+from mgfc.calibrators.rein import ReinMaps
+from mgfc.calibrators.running import RunningMean, is_recomputing
+from mgfc.config import AdapterConfig, CoarseConfig, FineConfig, MediumConfig, MGFCConfig, ReinConfig, select_layers
+from mgfc.errors import CalibrationError, ConfigError
+from mgfc.losses import check_labels, coarse_loss, fine_loss, label_boundaries, label_mix, medium_loss
+
+GRANULARITIES = ("coarse", "medium", "fine")
+
+
+class _Records(dict[int, dict[str, Any]]):
+    """Intermediate tensors of the last forward, by block. They are part of one graph, so copies and files start empty."""
+
+    def __deepcopy__(self, memo: object) -> _Records:
+        return _Records()
+
+    def __reduce__(self) -> tuple[type[_Records], tuple[()]]:
+        return _Records, ()
+
+
+class Adapter(nn.Module):
+    """The calibrators of one backbone's blocks and the heads of their losses; knows no hook.
+
+    Args:
+        config: what to put on which blocks.
+        dims: width of each block of the backbone.
+
+    Attributes:
+        layers: `CalibLayer` by block index.
+
+    Raises:
+        ConfigError: if the configuration does not fit the widths or their number.
+    """
+
+    def __init__(self, config: AdapterConfig, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.config = config
+        self.presence: nn.Linear | None = None
+        self.category: nn.Linear | None = None
+        self.boundary: nn.Linear | None = None
+        self.maps: ReinMaps | None = None
+        self._records = _Records()
+        indices = select_layers(config.layers, len(dims), f"{type(config).__name__}.layers")
+        if isinstance(config, ReinConfig):
+            self._build_rein(config, indices, dims)
+        else:
+            self._build(config, indices, dims)
+
+    def _build_rein(self, config: ReinConfig, indices: tuple[int, ...], dims: Sequence[int]) -> None:
+        widths = {dims[i] for i in indices}
+        if len(widths) > 1:
+            raise ConfigError(f"ReinConfig: expected blocks of one width, found {sorted(widths)}. Use MGFCConfig.")
+        (dim,) = widths
+        self.maps = maps = ReinMaps(dim)
+        layers = {str(i): ReinCalib(dim, maps, config.num_tokens, config.token_rank) for i in indices}
+        self.layers = nn.ModuleDict(layers)
+
+    def _build(self, config: MGFCConfig, indices: tuple[int, ...], dims: Sequence[int]) -> None:
+        narrowest = min(dims[i] for i in indices)
+        if config.rank > narrowest:
+            raise ConfigError(
+                f"MGFCConfig.rank: expected at most {narrowest}, the width of the backbone's narrowest calibrated block, "
+                f"found {config.rank}. Choose a smaller rank."
+            )
+        self.layers = nn.ModuleDict(_build_layers(config, indices, dims))
+        num_classes, weights = config.num_classes or 0, config.loss_weights
+        self.presence = nn.Linear(config.rank, num_classes) if "coarse" in weights else None
+        num_prototypes = config.medium.num_prototypes if config.medium else 0
+        self.category = nn.Linear(num_prototypes, num_classes) if "medium" in weights else None
+        self.boundary = nn.Linear(config.rank, 1) if "fine" in weights else None
+
+    @property
+    def num_classes(self) -> int:
+        """Categories of the labels; 0 if no loss needs them."""
+        return getattr(self.config, "num_classes", None) or 0
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def num_batches(self) -> int | None:
+        """Training batches in the running statistics; None if no stage has any. They count in training mode alone."""
+        counts = [int(module.count) for module in self.modules() if isinstance(module, RunningMean)]
+        return min(counts) if counts else None
+
+    def count_stages(self) -> Iterator[tuple[int, dict[str, int]]]:
+        """Parameters of each block's stages, by block index."""
+        for key, layer in self.layers.items():
+            counts = dict.fromkeys(("bottleneck", *GRANULARITIES), 0)
+            for name, parameter in layer.named_parameters():
+                stage = name.split(".")[0]
+                counts[stage if stage in counts else "bottleneck"] += parameter.numel()
+            yield int(key), counts
+
+    def new_record(self, index: int, grid: tuple[int, int] | None, batch: int) -> dict[str, Any] | None:
+        """Where a forward leaves what the losses need of a block; None while none is needed."""
+        recording = self.training and torch.is_grad_enabled() and bool(self.config.loss_weights)
+        if not recording or is_recomputing():
+            return None
+        self._records[index] = record = {"grid": grid, "batch": batch}
+        return record
+
+    def losses(self, labels: Tensor, ignore_index: int = 255) -> dict[str, Tensor]:
+        """The hierarchical losses, as `Calibration.losses` says."""
+        weights = self.config.loss_weights
+        if not weights or not self.training:
+            return {}
+        if not self._records:
+            raise CalibrationError(
+                "The losses expect a forward of the backbone in training mode, with gradients, before each call; found none "
+                "since the last call. Call the backbone, then .loss(labels) once."
+            )
+        records = list(self._records.values())
+        check_labels(labels, records[0]["batch"], self.num_classes, ignore_index)
+        self._records.clear()
+        functions = {"coarse": self._coarse_loss, "medium": self._medium_loss, "fine": self._fine_loss}
+        return {name: weight * functions[name](records, labels, ignore_index) for name, weight in weights.items()}
+
+    def _coarse_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
+        assert self.presence is not None
+        logits = [self.presence(record["scene"]) for record in records if "scene" in record]
+        return coarse_loss(torch.stack(logits), labels, ignore_index) if logits else self.presence.weight.sum() * 0
+
+    def _medium_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
+        assert self.category is not None
+        placed = [record for record in records if "similarity" in record and record["grid"] is not None]
+        mixes = {grid: label_mix(labels, grid, self.num_classes, ignore_index) for grid in {r["grid"] for r in placed}}
+        terms = [medium_loss(self.category(r["similarity"].softmax(dim=-1)), mixes[r["grid"]]) for r in placed]
+        return torch.stack(terms).mean() if terms else self.category.weight.sum() * 0
+
+    def _fine_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
+        assert self.boundary is not None
+        placed = [record for record in records if "detail" in record]
+        targets = {grid: label_boundaries(labels, grid, ignore_index) for grid in {r["grid"] for r in placed}}
+        terms = [fine_loss(self.boundary(r["detail"].abs()).squeeze(-1), targets[r["grid"]]) for r in placed]
+        return torch.stack(terms).mean() if terms else self.boundary.weight.sum() * 0
+
+
+class Adapters(nn.Module):
+    """Adapters by name.
+
+    PEFT freezes whatever it does not know, and takes every linear map for a target. What it does know are its own tuners'
+    layers, so it is told that this is one. It then leaves the calibrators as they are, whatever it does to the backbone
+    later, and what it calls here does nothing.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+    active_adapters: tuple[str, ...] = ()
+    active_adapter: tuple[str, ...] = ()
+    merged_adapters: tuple[str, ...] = ()
+    merged = False
+    disable_adapters = False
+    # PEFT takes parameters whose names hold the name of its own adapter for that adapter's.
+    _PREFIX = "mgfc_"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict()  # the name of a tuner's child that PEFT neither saves nor counts as its own
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.removeprefix(self._PREFIX) for key in self.model)
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._PREFIX}{name}" in self.model
+
+    def __getitem__(self, name: str) -> Adapter:
+        return cast(Adapter, self.model[self._PREFIX + name])
+
+    def __setitem__(self, name: str, adapter: Adapter) -> None:
+        self.model[self._PREFIX + name] = adapter
+
+    def __delitem__(self, name: str) -> None:
+        del self.model[self._PREFIX + name]
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module. PEFT begins with this walk, and may have been imported a moment ago."""
+        if "peft" in sys.modules:
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            BaseTunerLayer.register(Adapters)
+        yield from super().named_modules(*args, **kwargs)
+
+    def _ignore(self, *args: object, **kwargs: object) -> None:
+        """Nothing to do with a tuner of PEFT's."""
+
+    enable_adapters = set_adapter = set_requires_grad = delete_adapter = merge = unmerge = _ignore
+    _freeze_non_trainable_peft_weights = _ignore
+
+    def _get_available_adapters(self) -> set[str]:
+        return set()
+
+
+def _build_layers(config: MGFCConfig, indices: tuple[int, ...], dims: Sequence[int]) -> dict[str, nn.Module]:
+    def chosen(name: str, stage: CoarseConfig | MediumConfig | FineConfig | None) -> tuple[int, ...]:
+        where = f"MGFCConfig.{name}.layers"
+        return () if stage is None else select_layers(stage.layers, len(dims), where, among=indices)
+
+    coarse, medium, fine = config.coarse, config.medium, config.fine
+    in_coarse, in_medium, in_fine = chosen("coarse", coarse), chosen("medium", medium), chosen("fine", fine)
+    layers: dict[str, nn.Module] = {}
+    for index in indices:
+        dim = dims[index]
+        layers[str(index)] = CalibLayer(
+            dim,
+            config.rank,
+            CoarseCalib(dim, coarse.strength) if coarse and index in in_coarse else None,
+            MediumCalib(dim, medium.num_prototypes, medium.temperature, medium.strength)
+            if medium and index in in_medium
+            else None,
+            FineCalib(config.rank, fine.kernel_size) if fine and index in in_fine else None,
+        )
+    return layers
+
+
+@torch.no_grad()
+def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """A new adapter whose parameters and statistics are weighted means of the given ones'.
+
+    Args:
+        adapters: of one configuration, for one backbone.
+        weights: one for each, divided by their sum.
+
+    Raises:
+        ConfigError: if the configurations differ, or the weights do not fit.
+    """
+    if len(weights) != len(adapters) or not weights or not sum(weights) > 0 or min(weights) < 0:
+        raise ConfigError(
+            f"weights: expected {len(adapters)} numbers of at least 0 whose sum is above 0, found {list(weights)}."
+        )
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.config != first.config:
+            raise ConfigError(
+                f"Adapters of different configurations cannot be averaged: expected {first.config}, found {other.config}."
+            )
+    states = [adapter.state_dict() for adapter in adapters]
+    shares = [weight / sum(weights) for weight in weights]
+    merged = copy.deepcopy(first)
+    merged.load_state_dict(
+        {
+            key: sum((share * state[key] for share, state in zip(shares, states, strict=True)), start=torch.zeros_like(value))
+            for key, value in states[0].items()
+        }
+    )
+    return merged

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class ReinMaps(nn.Module):
+    """What Rein's blocks share: two linear maps of width C and a scale.
+
+    Args:
+        dim: channels C of the tokens.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.token_to_feature = nn.Linear(dim, dim)
+        self.delta = nn.Linear(dim, dim)
+        self.scale = nn.Parameter(torch.tensor(0.001))
+        for parameter in self.delta.parameters():
+            nn.init.zeros_(parameter)
+
+
+class ReinCalib(nn.Module):
+    """Rein's refinement of one block's tokens, from the equations of arXiv 2312.04265.
+
+    With patch tokens X and m learnt tokens T, which are A B of low rank r, or stand by themselves:
+
+        S = softmax(X T^T / sqrt C);   D = S[:, 1:] (T[1:] W_t + b_t);   X <- X + s ((X + D) W_d + b_d)
+
+    W_t, b_t, W_d, b_d and s are shared by all blocks. W_d and b_d are 0 at initialisation: the module starts as the
+    identity. Rein's link to the queries of a head is no part of it.
+
+    Args:
+        dim: channels C of the tokens.
+        maps: what the blocks share; not one of this module's children.
+        num_tokens: m.
+        token_rank: r; None for tokens that stand by themselves.
+
+    Examples:
+        >>> ReinCalib(64, ReinMaps(64))(torch.randn(2, 6 * 9, 64)).shape
+        torch.Size([2, 54, 64])
+    """
+
+    def __init__(self, dim: int, maps: ReinMaps, num_tokens: int = 100, token_rank: int | None = 16) -> None:
+        super().__init__()
+        self.__dict__["maps"] = maps
+        width = dim if token_rank is None else token_rank
+        bound = math.sqrt(6 / (3 * 16**2 + math.sqrt(dim * width)))
+        self.tokens = nn.Parameter(torch.empty(num_tokens, width).uniform_(-bound, bound))
+        self.basis = None if token_rank is None else nn.Parameter(torch.empty(token_rank, dim).uniform_(-bound, bound))
+
+    def delta(self, tokens: Tensor, grid: tuple[int, int] | None = None, record: object = None) -> Tensor:
+        """What the layer adds: (B, N, C) -> (B, N, C). Grid and record are not used."""
+        maps: ReinMaps = self.__dict__["maps"]
+        learnt = self.tokens if self.basis is None else self.tokens @ self.basis
+        similarity = (tokens @ learnt.mT * tokens.shape[-1] ** -0.5).softmax(dim=-1)
+        drawn = similarity[..., 1:] @ maps.token_to_feature(learnt[1:])
+        added: Tensor = maps.scale * maps.delta(tokens + drawn)
+        return added
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Refines patch tokens: (B, N, C) -> (B, N, C)."""
+        return tokens + self.delta(tokens)

@@ -1,0 +1,169 @@
+"""Several processes train as one does: DDP and FSDP2 on gloo, with checkpointing and mixed precision."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mgfc import (
+    CoarseConfig,
+    FeatureMaps,
+    FineConfig,
+    MediumConfig,
+    MGFCConfig,
+    SegmentationHead,
+    unwrap_backbone,
+    wrap_backbone,
+)
+from mgfc.distributed import whole
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+WORLD, STEPS, BATCH = 2, 4, 4
+CONFIG = MGFCConfig(
+    rank=8,
+    num_classes=5,
+    coarse=CoarseConfig(loss_weight=0.1),
+    medium=MediumConfig(loss_weight=0.1, num_prototypes=4),
+    fine=FineConfig(loss_weight=0.1),
+)
+
+
+class Segmenter(nn.Module):
+    def __init__(self, config: MGFCConfig) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        vit = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=3, num_heads=2, num_classes=0, dynamic_img_size=True
+        )
+        self.maps = FeatureMaps(wrap_backbone(vit, config), (0, 2))
+        self.head = SegmentationHead(self.maps.channels, 5)
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = nn.functional.interpolate(self.head(self.maps(images)), size=labels.shape[1:], mode="bilinear")
+        return nn.functional.cross_entropy(logits, labels), self.maps.backbone.calibration.loss(labels)
+
+
+def batches(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
+    """This process's part of a batch, again and again; all parts, in order of rank, are the batch of one process."""
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randn(BATCH, 3, 32, 48, generator=draw)
+    labels = torch.randint(0, 5, (BATCH, 32, 48), generator=draw)
+    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    return [(images[part], labels[part])] * STEPS
+
+
+def train(model: nn.Module, rank: int = 0, world: int = 1, autocast: bool = False) -> list[float]:
+    """The mean loss over processes of each step."""
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    curve = []
+    for images, labels in batches(rank, world):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = sum(model(images, labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        value = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(value)
+        curve.append(float(value) / world)
+    return curve
+
+
+def work(rank: int, kind: str, folder: str, options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+    model = Segmenter(options.get("config", CONFIG))
+    calibration = model.maps.backbone.calibration
+    if options.get("checkpointing"):
+        model.maps.backbone.set_grad_checkpointing()
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (WORLD,))
+        for block in model.maps.backbone.blocks:
+            fully_shard(block, mesh=mesh)
+        wrapped = fully_shard(model, mesh=mesh)
+    curve = train(wrapped, rank, WORLD, options.get("autocast", False))
+    if kind == "fsdp" or rank == 0:
+        calibration.save_pretrained(f"{folder}/adapter")
+    state = {name: whole(value.detach()) for name, value in calibration.adapter.state_dict().items()}
+    if rank == 0:
+        torch.save({"curve": curve, "state": state}, f"{folder}/result.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(kind: str, folder: Path, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
+    mp.spawn(work, (kind, str(folder), options), nprocs=WORLD)
+    found = torch.load(folder / "result.pt", weights_only=True)
+    return found["curve"], found["state"]
+
+
+def alone(**options: Any) -> tuple[list[float], dict[str, Tensor]]:
+    model = Segmenter(options.get("config", CONFIG))
+    curve = train(model, autocast=options.get("autocast", False))
+    return curve, model.maps.backbone.calibration.adapter.state_dict()
+
+
+NO_LOSSES = MGFCConfig(rank=8, medium=MediumConfig(num_prototypes=4))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("options", [{}, {"checkpointing": True}], ids=["plain", "checkpointing"])
+def test_two_processes_train_as_one(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    options = {"config": NO_LOSSES, **options}
+    curve, state = run(kind, tmp_path, **options)
+    expected, parameters = alone(**options)
+    assert max(abs(a - b) for a, b in zip(curve, expected, strict=True)) <= 1e-5
+    assert expected[-1] < expected[0]
+    assert state.keys() == parameters.keys()
+    for key, value in parameters.items():
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    curve, _ = run("ddp", tmp_path, config=NO_LOSSES, autocast=True)
+    expected, _ = alone(config=NO_LOSSES, autocast=True)
+    assert max(abs(a - b) for a, b in zip(curve, expected, strict=True)) <= 2e-2
+
+
+def test_losses_of_the_calibrators_use_every_parameter(tmp_path: Path) -> None:
+    curve, _ = run("ddp", tmp_path)
+    assert len(curve) == STEPS  # DDP raises at the second step if a parameter has no gradient
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_was_trained_is_saved_and_loads(kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    _, state = run(kind, tmp_path, config=NO_LOSSES)
+    vit = unwrap_backbone(Segmenter(NO_LOSSES).maps.backbone)
+    wrap_backbone(vit, tmp_path / "adapter")
+    assert all(torch.equal(value, state[key]) for key, value in vit.calibration.adapter.state_dict().items())
+    assert not [warning for warning in recwarn if "other weights" in str(warning.message)]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_the_example_under_torchrun(engine: str, tmp_path: Path) -> None:
+    example = Path(__file__).parents[1] / "examples" / "train_distributed.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
+    words = f"--engine {engine} --model test_vit --size 32 48 --steps 2 --out {tmp_path / 'adapter'}".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, str(example), *words], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step ") == 2
+    vit = wrap_backbone(timm.create_model("test_vit", dynamic_img_size=True), tmp_path / "adapter")
+    assert vit.calibration.num_batches == 2

@@ -1,0 +1,148 @@
+"""LoRA and calibrators on one backbone, in either order."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import timm
+import torch
+from helpers import assert_unchanged, randomise, same, snapshot
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+from mgfc import AdapterMismatchError, ConfigError, MGFCConfig, get_calibration, unwrap_backbone, wrap_backbone
+
+IMAGES = torch.randn(2, 3, 32, 48)
+LORA = LoraConfig(r=2, target_modules=["qkv"])
+
+
+def vit(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=3, num_heads=2, num_classes=0, dynamic_img_size=True
+    )
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fill_lora(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+
+
+@pytest.mark.parametrize("targets", [["qkv"], "all-linear"])
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_peft_after_wrapping_leaves_the_calibrators_alone(targets: list[str] | str, name: str) -> None:
+    model = wrap_backbone(vit(), MGFCConfig(rank=8))
+    before = {n for n in trained(model) if "calibration" in n}
+    calibration = get_calibration(model)
+    randomise(calibration)
+    modules = {n: type(m) for n, m in calibration.named_modules()}
+    config = LoraConfig(r=2, target_modules=targets)
+    adapted = get_peft_model(model, config, adapter_name=name)
+    assert {n.removeprefix("base_model.model.") for n in trained(adapted) if "calibration" in n} == before
+    assert {n: type(m) for n, m in calibration.named_modules()} == modules
+    assert all("lora" in n or "calibration" in n for n in trained(adapted))
+    assert any("lora" in n for n in trained(adapted))
+    # PEFT's own switches are about its adapter alone.
+    fill_lora(model)
+    model.eval()
+    both = model(IMAGES)
+    with adapted.disable_adapter():
+        calibrated = model(IMAGES)
+    with calibration.disabled():
+        adapted_only = model(IMAGES)
+        with adapted.disable_adapter():
+            bare = model(IMAGES)
+    assert same(bare, vit().eval()(IMAGES))
+    assert len({tuple(out.flatten()[:4].tolist()) for out in (both, calibrated, adapted_only, bare)}) == 4
+    assert not any("calibration" in key for key in peft.get_peft_model_state_dict(adapted, adapter_name=name))
+    adapted.merge_and_unload()
+    assert {n for n in trained(model) if "calibration" in n} == before
+    torch.testing.assert_close(model(IMAGES), both)
+
+
+def test_wrapping_after_peft_leaves_lora_alone() -> None:
+    model = inject_adapter_in_model(LORA, vit())
+    before = trained(model)
+    assert before and all("lora" in n for n in before)
+    wrap_backbone(model, MGFCConfig(rank=8))
+    assert {n for n in trained(model) if not n.startswith("calibration.")} == before
+    assert any(n.startswith("calibration.") for n in trained(model))
+
+
+class TestPeftConfig:
+    def test_trains_both_and_takes_both_away(self) -> None:
+        model = vit()
+        model.blocks[0].requires_grad_(False)
+        before = snapshot(model)
+        wrap_backbone(model, MGFCConfig(rank=8), peft_config=LORA)
+        assert same(model(IMAGES), vit()(IMAGES))
+        assert {n.partition(".")[0] for n in trained(model)} == {"blocks", "calibration"}
+        assert all("lora" in n for n in trained(model) if n.startswith("blocks"))
+        model(IMAGES)[:, 0].sum().backward()
+        assert model.blocks[0].attn.qkv.lora_B["default"].weight.grad.any()
+        assert model.calibration.layers["0"].up.weight.grad.any()
+        assert_unchanged(unwrap_backbone(model), before)
+
+    def test_is_saved_and_loaded_with_the_calibrators(self, tmp_path: Path) -> None:
+        model = wrap_backbone(vit(), MGFCConfig(rank=8), peft_config=LORA)
+        randomise(model.calibration)
+        fill_lora(model)
+        model.calibration.save_pretrained(tmp_path)
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+        twin = wrap_backbone(vit(), tmp_path)
+        assert same(model.eval()(IMAGES), twin.eval()(IMAGES))
+        assert trained(twin) == trained(model)
+        # The files are PEFT's own.
+        loaded = peft.PeftModel.from_pretrained(vit(), tmp_path)
+        with model.calibration.disabled():
+            assert same(loaded(IMAGES), model(IMAGES))
+        # A later save without it leaves no stale files.
+        wrap_backbone(vit(), MGFCConfig(rank=8)).calibration.save_pretrained(tmp_path)
+        assert not (tmp_path / "adapter_model.safetensors").exists()
+
+    def test_copies_are_independent(self) -> None:
+        model = wrap_backbone(vit(), MGFCConfig(rank=8), peft_config=LORA)
+        twin = copy.deepcopy(model)
+        fill_lora(twin)
+        assert same(model(IMAGES), vit()(IMAGES))
+        assert not same(twin(IMAGES), vit()(IMAGES))
+
+    def test_fingerprint_is_that_of_the_bare_backbone(self, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+        model = wrap_backbone(vit(), MGFCConfig(rank=8), peft_config=LoraConfig(r=2, target_modules="all-linear"))
+        fill_lora(model)
+        model.calibration.save_pretrained(tmp_path)
+        wrap_backbone(vit(), tmp_path)
+        assert not [w for w in recwarn if "other weights" in str(w.message)]
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (LoraConfig(r=2, target_modules=["nothing"]), "PEFT refused it for this VisionTransformer: .*nothing"),
+            (LoraConfig(r=2), "PEFT refused it"),
+            ({"r": 2}, "expected a configuration of PEFT's, such as LoraConfig, found dict"),
+        ],
+    )
+    def test_what_peft_refuses_leaves_the_backbone_as_it_was(self, config: object, message: str) -> None:
+        model = vit()
+        before = snapshot(model)
+        with pytest.raises(ConfigError, match=message):
+            wrap_backbone(model, MGFCConfig(rank=8), peft_config=config)
+        assert_unchanged(model, before)
+
+    def test_one_at_a_time(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="expected a backbone without adapters of PEFT's"):
+            wrap_backbone(inject_adapter_in_model(LORA, vit()), MGFCConfig(rank=8), peft_config=LORA)
+        wrap_backbone(vit(), MGFCConfig(rank=8), peft_config=LORA).calibration.save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match="has an adapter of PEFT's of its own"):
+            wrap_backbone(vit(), tmp_path, peft_config=LORA)
+        model = wrap_backbone(vit(), MGFCConfig(rank=8))
+        with pytest.raises(AdapterMismatchError, match="Load it with wrap_backbone"):
+            model.calibration.add_adapter("second", tmp_path)
