@@ -163,8 +163,8 @@ def _write_together(directory: Path, files: Mapping[str, Content]) -> None:
     _sync(directory)
     _finish(directory)
     for name, content in encoded.items():
-        if content is None:
-            (directory / name).unlink(missing_ok=True)
+        if content is None and (directory / name).exists():
+            (directory / name).unlink()
 
 
 def _encode(content: Content) -> bytes | None:

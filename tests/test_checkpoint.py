@@ -133,7 +133,9 @@ def test_config_json_describes_the_backbone(saved: Path) -> None:
         "library_name": "mgfc",
         "format_version": 1,
         "mgfc_version": __version__,
+        "method": "mgfc",
         "calibration": MGFCConfig(rank=8).to_dict(),
+        "peft": False,
         "backbone": {
             "library": "timm",
             "architecture": "VisionTransformer",
@@ -159,7 +161,7 @@ def test_files_hold_the_parameters_and_little_else(saved: Path) -> None:
     size = sum((saved / name).stat().st_size for name in FILES)
     assert 4 * calibration.num_parameters < size <= 4 * calibration.num_parameters + 64 * 1024
     assert {path.suffix for path in saved.iterdir()} == {".json", ".md", ".safetensors"}
-    assert load_file(saved / "model.safetensors").keys() == calibration.state_dict().keys()
+    assert load_file(saved / "model.safetensors").keys() == calibration.adapter.state_dict().keys()
     for path in saved.iterdir():
         data = path.read_bytes()
         assert not data.startswith((b"\x80", b"PK")), "a pickle or a zip"
@@ -365,14 +367,14 @@ def adapter_in(directory: Path) -> tuple[dict[str, Tensor], dict[str, Tensor] | 
     """What a reader finds: calibrators, head, rank."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        calibration = load(reader(), directory)
+        adapter, _ = load(reader(), directory)
     head = None
     if content_found(directory)["head"] is None:
         with pytest.raises(AdapterNotFoundError, match="an adapter without one"):
             load_head(directory)
     else:
         head = dict(load_head(directory).state_dict())
-    return dict(calibration.state_dict()), head, calibration.config.rank
+    return dict(adapter.state_dict()), head, adapter.config.rank
 
 
 def same_adapter(one: Any, other: Any) -> bool:
@@ -775,13 +777,13 @@ def test_loading_draws_no_random_numbers(saved: Path) -> None:
 
 def test_a_loaded_adapter_trains_on(saved: Path) -> None:
     vit = wrap_backbone(tiny_vit(), saved)
-    before = {key: value.clone() for key, value in vit.calibration.state_dict().items()}
+    before = {key: value.clone() for key, value in vit.calibration.adapter.state_dict().items()}
     optimizer = torch.optim.SGD(vit.calibration.parameters(), lr=1.0)
     output = vit.forward_features(IMAGES)
     (output * torch.randn(output.shape)).sum().backward()
     optimizer.step()
-    assert not any(torch.equal(value, before[key]) for key, value in get_calibration(vit).named_parameters())
-    assert equal(load(find_tower(tiny_vit()), saved).state_dict(), before), "training wrote into the file"
+    assert not any(torch.equal(value, before[key]) for key, value in get_calibration(vit).adapter.named_parameters())
+    assert equal(load(find_tower(tiny_vit()), saved)[0].state_dict(), before), "training wrote into the file"
 
 
 # Heads

@@ -65,7 +65,7 @@ def test_peft_after_wrapping_leaves_the_calibrators_alone(targets: list[str] | s
     assert not any("calibration" in key for key in peft.get_peft_model_state_dict(adapted, adapter_name=name))
     adapted.merge_and_unload()
     assert {n for n in trained(model) if "calibration" in n} == before
-    torch.testing.assert_close(model(IMAGES), both)
+    torch.testing.assert_close(model(IMAGES), both, rtol=1e-4, atol=1e-4)
 
 
 def test_wrapping_after_peft_leaves_lora_alone() -> None:
