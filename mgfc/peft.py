@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -46,7 +47,7 @@ def inject(backbone: nn.Module, config: PeftConfig, state: dict[str, Tensor] | N
         )
     flags = [(p, p.requires_grad) for p in backbone.parameters()]
     try:
-        inject_adapter_in_model(config, backbone, NAME)
+        inject_adapter_in_model(copy.deepcopy(config), backbone, NAME)  # PEFT writes into what it is given
         if state is not None:
             state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
             outcome: Any = set_peft_model_state_dict(backbone, state, NAME)
