@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from mgfc.adapter import GRANULARITIES
 from mgfc.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _what(content: Mapping[str, Any]) -> str:
     values = content["calibration"]
     if content["method"] == "rein":
         return f"Rein's refinement (arXiv 2312.04265) with {values['num_tokens']} tokens a block"
-    stages = [name for name in ("coarse", "medium", "fine") if values[name] is not None]
+    stages = [name for name in GRANULARITIES if values[name] is not None]
     return f"Calibrators ({', '.join(stages) or 'bottleneck only'}) of rank {values['rank']}"
 
 
