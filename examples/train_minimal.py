@@ -33,7 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--bare", action="store_true", help="no calibrators: the same head on the frozen backbone")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=3e-4, help="of the calibrators")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the calibrators")
     parser.add_argument("--head-lr", type=float, default=1e-3)
     parser.add_argument("--size", type=int, nargs=2, default=(196, 266), metavar=("H", "W"), help="of a crop")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
+from mgfc.backbones.description import BlockWidths
 from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib, ReinCalib
 from mgfc.calibrators.rein import ReinMaps
 from mgfc.calibrators.running import RunningMean, is_recomputing
@@ -35,7 +37,7 @@ class Adapter(nn.Module):
 
     Args:
         config: what to put on which blocks.
-        dims: width of each block of the backbone.
+        widths: of each block of the backbone.
 
     Attributes:
         layers: `CalibLayer` by block index.
@@ -44,42 +46,40 @@ class Adapter(nn.Module):
         ConfigError: if the configuration does not fit the widths or their number.
     """
 
-    def __init__(self, config: AdapterConfig, dims: Sequence[int]) -> None:
+    def __init__(self, config: AdapterConfig, widths: Sequence[BlockWidths]) -> None:
         super().__init__()
         self.config = config
         self.presence: nn.Linear | None = None
         self.category: nn.Linear | None = None
-        self.boundary: nn.Linear | None = None
         self.maps: ReinMaps | None = None
         self._records = _Records()
-        indices = select_layers(config.layers, len(dims), f"{type(config).__name__}.layers")
+        indices = select_layers(config.layers, len(widths), f"{type(config).__name__}.layers")
         if isinstance(config, ReinConfig):
-            self._build_rein(config, indices, dims)
+            self._build_rein(config, indices, widths)
         else:
-            self._build(config, indices, dims)
+            self._build(config, indices, widths)
 
-    def _build_rein(self, config: ReinConfig, indices: tuple[int, ...], dims: Sequence[int]) -> None:
-        widths = {dims[i] for i in indices}
-        if len(widths) > 1:
-            raise ConfigError(f"ReinConfig: expected blocks of one width, found {sorted(widths)}. Use MGFCConfig.")
-        (dim,) = widths
+    def _build_rein(self, config: ReinConfig, indices: tuple[int, ...], widths: Sequence[BlockWidths]) -> None:
+        dims = {widths[i].dim for i in indices}
+        if len(dims) > 1:
+            raise ConfigError(f"ReinConfig: expected blocks of one width, found {sorted(dims)}. Use MGFCConfig.")
+        (dim,) = dims
         self.maps = maps = ReinMaps(dim)
         layers = {str(i): ReinCalib(dim, maps, config.num_tokens, config.token_rank) for i in indices}
         self.layers = nn.ModuleDict(layers)
 
-    def _build(self, config: MGFCConfig, indices: tuple[int, ...], dims: Sequence[int]) -> None:
-        narrowest = min(dims[i] for i in indices)
+    def _build(self, config: MGFCConfig, indices: tuple[int, ...], widths: Sequence[BlockWidths]) -> None:
+        narrowest = min(widths[i].entry for i in indices)
         if config.rank > narrowest:
             raise ConfigError(
                 f"MGFCConfig.rank: expected at most {narrowest}, the width of the backbone's narrowest calibrated block, "
                 f"found {config.rank}. Choose a smaller rank."
             )
-        self.layers = nn.ModuleDict(_build_layers(config, indices, dims))
+        self.layers = nn.ModuleDict(_build_layers(config, indices, widths))
         num_classes, weights = config.num_classes or 0, config.loss_weights
         self.presence = nn.Linear(config.rank, num_classes) if "coarse" in weights else None
         num_prototypes = config.medium.num_prototypes if config.medium else 0
         self.category = nn.Linear(num_prototypes, num_classes) if "medium" in weights else None
-        self.boundary = nn.Linear(config.rank, 1) if "fine" in weights else None
 
     @property
     def num_classes(self) -> int:
@@ -106,13 +106,15 @@ class Adapter(nn.Module):
                 counts[stage if stage in counts else "bottleneck"] += parameter.numel()
             yield int(key), counts
 
-    def new_record(self, index: int, grid: tuple[int, int] | None, batch: int) -> dict[str, Any] | None:
+    def start_record(self, index: int) -> None:
+        """Forgets what an earlier forward left of a block."""
+        if not is_recomputing():
+            self._records.pop(index, None)
+
+    def record(self, index: int) -> dict[str, Any] | None:
         """Where a forward leaves what the losses need of a block; None while none is needed."""
         recording = self.training and torch.is_grad_enabled() and bool(self.config.loss_weights)
-        if not recording or is_recomputing():
-            return None
-        self._records[index] = record = {"grid": grid, "batch": batch}
-        return record
+        return self._records.setdefault(index, {}) if recording and not is_recomputing() else None
 
     def losses(self, labels: Tensor, ignore_index: int = 255) -> dict[str, Tensor]:
         """The hierarchical losses, as `Calibration.losses` says."""
@@ -132,7 +134,8 @@ class Adapter(nn.Module):
 
     def _coarse_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.presence is not None
-        logits = [self.presence(record["scene"]) for record in records if "scene" in record]
+        scenes = [rearrange(r["scene"], "(b w) r -> b w r", b=r["batch"]).mean(dim=1) for r in records if "scene" in r]
+        logits = [self.presence(scene) for scene in scenes]  # a batch axis may hold windows
         return coarse_loss(torch.stack(logits), labels, ignore_index) if logits else self.presence.weight.sum() * 0
 
     def _medium_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
@@ -143,11 +146,10 @@ class Adapter(nn.Module):
         return torch.stack(terms).mean() if terms else self.category.weight.sum() * 0
 
     def _fine_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
-        assert self.boundary is not None
-        placed = [record for record in records if "detail" in record]
+        placed = [record for record in records if "share" in record]
         targets = {grid: label_boundaries(labels, grid, ignore_index) for grid in {r["grid"] for r in placed}}
-        terms = [fine_loss(self.boundary(r["detail"].abs()).squeeze(-1), targets[r["grid"]]) for r in placed]
-        return torch.stack(terms).mean() if terms else self.boundary.weight.sum() * 0
+        terms = [fine_loss(r["share"], targets[r["grid"]]) for r in placed]
+        return torch.stack(terms).mean() if terms else torch.zeros((), device=labels.device)
 
 
 class Adapters(nn.Module):
@@ -205,24 +207,24 @@ class Adapters(nn.Module):
         return set()
 
 
-def _build_layers(config: MGFCConfig, indices: tuple[int, ...], dims: Sequence[int]) -> dict[str, nn.Module]:
+def _build_layers(config: MGFCConfig, indices: tuple[int, ...], widths: Sequence[BlockWidths]) -> dict[str, nn.Module]:
     def chosen(name: str, stage: CoarseConfig | MediumConfig | FineConfig | None) -> tuple[int, ...]:
         where = f"MGFCConfig.{name}.layers"
-        return () if stage is None else select_layers(stage.layers, len(dims), where, among=indices)
+        return () if stage is None else select_layers(stage.layers, len(widths), where, among=indices)
 
     coarse, medium, fine = config.coarse, config.medium, config.fine
     in_coarse, in_medium, in_fine = chosen("coarse", coarse), chosen("medium", medium), chosen("fine", fine)
     layers: dict[str, nn.Module] = {}
     for index in indices:
-        dim = dims[index]
+        dim = widths[index].dim
         layers[str(index)] = CalibLayer(
-            dim,
+            *widths[index],
             config.rank,
             CoarseCalib(dim, coarse.strength) if coarse and index in in_coarse else None,
             MediumCalib(dim, medium.num_prototypes, medium.temperature, medium.strength)
             if medium and index in in_medium
             else None,
-            FineCalib(config.rank, fine.kernel_size) if fine and index in in_fine else None,
+            FineCalib(dim, fine.kernel_size) if fine and index in in_fine else None,
         )
     return layers
 

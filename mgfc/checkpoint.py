@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import mgfc
 from mgfc import peft
 from mgfc.adapter import Adapter
-from mgfc.backbones.description import block_width, describe
+from mgfc.backbones.description import block_widths, describe
 from mgfc.backbones.detection import Tower
 from mgfc.config import AdapterConfig, MGFCConfig, method_of
 from mgfc.config import read_config as read_calibration
@@ -300,14 +300,10 @@ def build(
         AdapterNotFoundError, AdapterFileError, AdapterMismatchError: as in `load`.
     """
     if adapter is None or isinstance(adapter, AdapterConfig):
-        return Adapter(adapter or MGFCConfig(), _widths(tower)), None
+        return Adapter(adapter or MGFCConfig(), block_widths(tower)), None
     if isinstance(adapter, (str, os.PathLike)):
         return load(tower, adapter, **hub_options)
     raise ConfigError(f"adapter: expected an MGFCConfig, a directory or a Hub id, found {type(adapter).__name__}.")
-
-
-def _widths(tower: Tower) -> list[int]:
-    return [block_width(block) for block in tower.modules()]
 
 
 def load(tower: Tower, source: str | os.PathLike[str], **hub_options: Any) -> tuple[Adapter, peft.Tuner | None]:
@@ -335,7 +331,7 @@ def load(tower: Tower, source: str | os.PathLike[str], **hub_options: Any) -> tu
     tensors = read_tensors(find(WEIGHTS))
     try:
         with torch.device("meta"):
-            adapter = Adapter(config, _widths(tower))
+            adapter = Adapter(config, block_widths(tower))
     except ConfigError as error:
         raise AdapterMismatchError(f"{os.fspath(source)} does not fit this {found['architecture']}. {error}") from None
     _load_strictly(adapter, tensors, os.fspath(source))
@@ -396,7 +392,9 @@ def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise AdapterMismatchError(f"{source}: tensors and configuration disagree. {problems[0]}{more}.")
     # A module of the user's keeps its parameters, with their device and dtype: an optimizer may hold them already.
-    module.load_state_dict(tensors, assign=any(value.is_meta for value in own.values()))
+    assign = any(value.is_meta for value in own.values())
+    # Tensors lie in a file as they come; a copy is aligned, as a fresh parameter is, so that the same kernels run.
+    module.load_state_dict({key: value.clone() for key, value in tensors.items()} if assign else tensors, assign=assign)
     for part in module.modules():
         for name, value in part.named_buffers(recurse=False):
             if value.is_meta:  # state of a run that no file holds

@@ -142,11 +142,11 @@ class FineConfig(_Config):
     Args:
         kernel_size: odd side of the high-pass kernel, in patches.
         layers: blocks that have this stage, as in `CoarseConfig`.
-        loss_weight: weight of the loss on the boundary map; 0 turns it off.
+        loss_weight: weight of the loss that lets detail through at the boundaries of the labels; 0 turns it off.
     """
 
     kernel_size: int = 3
-    layers: Layers = "all"
+    layers: Layers = "last:4"
     loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class MGFCConfig(_Config):
     """The calibrators of one backbone.
 
     Args:
-        rank: bottleneck width r; at most the width of the narrowest calibrated block.
+        rank: bottleneck width r; at most the width of the narrowest feed-forward network's input.
         layers: blocks that get a calibrator: "all", "first:n", "last:n" or block indices (negative ones count from the end).
         coarse: the coarse stage, or None to leave it out.
         medium: the medium stage, or None to leave it out.
@@ -176,7 +176,7 @@ class MGFCConfig(_Config):
         True
     """
 
-    rank: int = 32
+    rank: int = 16
     layers: Layers = "all"
     coarse: CoarseConfig | None = CoarseConfig()
     medium: MediumConfig | None = MediumConfig()

@@ -79,7 +79,8 @@ class FeatureMaps(nn.Module):
         if tensor is None:
             return
         dim = self.channels[self.out_indices.index(index)]
-        view = view_patches(tensor, dim, self._orders[index], self._tracker, args, kwargs, output)
+        self._tracker.enter(args, kwargs)
+        view = view_patches(tensor, dim, self._orders[index], self._tracker, output)
         # Conditional work would make a checkpoint's recomputation differ from its forward, so only the storing is.
         if self._maps is not None and view.grid is not None and not is_recomputing():
             self._maps[index] = rearrange(view.patches, "b (h w) c -> b c h w", h=view.grid[0])

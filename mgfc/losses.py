@@ -92,7 +92,7 @@ def medium_loss(category: Tensor, mix: Tensor) -> Tensor:
 
 
 def fine_loss(boundary: Tensor, target: Tensor) -> Tensor:
-    """Boundary map predicted from the high-pass response, both kinds of patches weighing the same.
+    """Where detail is let through against where the labels have boundaries, both kinds of patches weighing the same.
 
     Args:
         boundary: (B, N) logits.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mgfc.adapter import Adapter
+from mgfc.backbones.description import BlockWidths
 from mgfc.checkpoint import write
 from mgfc.config import ReinConfig
 from mgfc.errors import AdapterFileError, AdapterNotFoundError
@@ -131,7 +132,7 @@ def _build(reins: Mapping[str, Tensor], path: Path) -> Adapter:
         raise AdapterFileError(f"{path}: {expected}, found {found}.")
     depth, num_tokens, width = tokens.shape
     dim = reins["mlp_delta_f.weight"].shape[-1]
-    adapter = Adapter(ReinConfig(num_tokens, width if low_rank else None), [dim] * depth)
+    adapter = Adapter(ReinConfig(num_tokens, width if low_rank else None), [BlockWidths(dim, dim, 4 * dim)] * depth)
     state = {ours: reins[theirs] for theirs, ours in _SHARED.items()}
     try:
         for index in range(depth):

@@ -84,6 +84,8 @@ def only_layer(calibration: Calibration, index: int) -> None:
     """Makes one block's calibrator the only one with an effect."""
     for key, layer in calibration.layers.items():
         nn.init.normal_(layer.up.weight) if int(key) == index else nn.init.zeros_(layer.up.weight)
+        if layer.fine is not None and int(key) != index:
+            nn.init.zeros_(layer.fine.gate)
         for part in layer.modules():
             if isinstance(part, RunningMean) and int(key) != index:
                 part.count.zero_()

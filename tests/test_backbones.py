@@ -29,7 +29,8 @@ def build(name: str) -> nn.Module:
 
 
 def resolve(tracker: GridTracker, count: int, args: Any = (), kwargs: Any = None, output: Any = None) -> Any:
-    return tracker.resolve((torch.zeros(1), *args), kwargs or {}, torch.zeros(1) if output is None else output, count)
+    tracker.enter((torch.zeros(1), *args), kwargs or {})
+    return tracker.resolve(count, torch.zeros(1) if output is None else output)
 
 
 def test_grid_candidates_in_order_of_trust() -> None:
@@ -47,7 +48,8 @@ def test_grid_candidates_in_order_of_trust() -> None:
     tokens = torch.zeros(1)
     tag((1, 24), tokens)
     tag((9, 9), tokens)
-    assert tracker.resolve((tokens,), {}, tokens, 24) == (1, 24)
+    tracker.enter((tokens,), {})
+    assert tracker.resolve(24) == (1, 24)
 
 
 def test_grid_halves_without_a_convolution() -> None:
@@ -83,7 +85,7 @@ def test_a_prepatchified_batch_forgets_the_last_grid() -> None:
 def view(tensor: Tensor, dim: int, recent: Any = ()) -> Any:
     tracker = GridTracker(max_extra=9)
     tracker.recent = recent
-    return view_patches(tensor, dim, RasterOrder(2, 1), tracker, (tensor,), {}, tensor)
+    return view_patches(tensor, dim, RasterOrder(2, 1), tracker, tensor)
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_lora_inside_stays_trainable() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", **SIZES)
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"], r=2), vit)
     wrap_backbone(vit, MGFCConfig(rank=8))
-    assert vit.calibration.dims == (32, 32, 32)
+    assert [w.dim for w in vit.calibration.widths] == [32, 32, 32]
     trainable = {name for name, p in vit.named_parameters() if p.requires_grad and "calibration" not in name}
     assert len(trainable) == 6
     assert all("lora_" in name for name in trainable)
@@ -374,25 +374,33 @@ def test_channels_last_stays() -> None:
 
 @torch.no_grad()
 def test_padding_is_left_alone() -> None:
-    """Each image of a padded batch is refined as if it stood alone; padding stays as it was."""
+    """Each image of a padded batch is refined as if it stood alone; the stages leave padding as it was."""
     case = next(case for case in CASES if case.architecture == "NaFlexVit" and callable(case.kwargs))
     model = wrap_backbone(case.build(), MGFCConfig(rank=4))
     batch = case.kwargs(case.images())["images"]
     prefix, outputs = case.leading[0], []
     randomise(model.calibration)
-    model.blocks[0].register_forward_hook(lambda m, a, output: outputs.append(output))
-    model(batch)
-    with model.calibration.disabled():
-        model(batch)
-    refined, bare = (output[:, prefix:] for output in outputs)
-    valid = batch["patch_valid"]
+    model.blocks[0].register_forward_hook(lambda m, a, output: outputs.append(output[:, prefix:]))
+    valid, layer = batch["patch_valid"], model.calibration.layers["0"]
     assert not valid.all()
+
+    def output(batch: dict[str, Tensor]) -> Tensor:
+        model(batch)
+        return outputs.pop()
+
+    refined = output(batch)
+    for image in range(len(valid)):
+        alone = output({key: value[image : image + 1] for key, value in batch.items()})
+        torch.testing.assert_close(refined[image, valid[image]], alone[0, valid[image]])
+    nn.init.zeros_(layer.up.weight)
+    refined = output(batch)
+    with model.calibration.disabled():
+        bare = output(batch)
     assert torch.equal(refined[~valid], bare[~valid])
     assert (refined[valid] != bare[valid]).any(dim=-1).all()
-    layer = model.calibration.layers["0"]
     for image in range(len(valid)):
-        alone = layer(bare[image : image + 1, valid[image]], None)
-        torch.testing.assert_close(refined[image : image + 1, valid[image]], alone)
+        expected = layer(bare[image : image + 1, valid[image]], None)
+        torch.testing.assert_close(refined[image : image + 1, valid[image]], expected)
 
 
 def test_dropped_patches_have_no_grid() -> None:
@@ -487,7 +495,7 @@ def test_detached_calibration_says_so() -> None:
     unwrap_backbone(model)
     with pytest.raises(CalibrationError, match="not attached to a backbone"):
         calibration.check(torch.randn(1, 3, 32, 48))
-    assert Adapter(MGFCConfig(rank=8), calibration.dims).num_parameters == calibration.num_parameters
+    assert Adapter(MGFCConfig(rank=8), calibration.widths).num_parameters == calibration.num_parameters
 
 
 def test_stage_outside_the_calibrated_blocks() -> None:

@@ -20,9 +20,24 @@ from mgfc.calibrators.running import RunningMean
 Make = Callable[[int], nn.Module]
 
 
-def full_layer(dim: int, rank: int | None = None) -> CalibLayer:
+class Block(nn.Module):
+    """A block that does nothing else: its feed-forward network is the identity, of one width, and its input is added."""
+
+    def __init__(self, layer: CalibLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return self.layer(tokens + self.layer.up(self.layer.bottleneck(tokens)), grid)
+
+
+def full_layer(dim: int, rank: int | None = None, hidden: int | None = None) -> CalibLayer:
     rank = rank or max(dim // 2, 1)
-    return CalibLayer(dim, rank, CoarseCalib(dim), MediumCalib(dim, 5), FineCalib(rank))
+    return CalibLayer(dim, dim, hidden or dim, rank, CoarseCalib(dim), MediumCalib(dim, 5), FineCalib(dim))
+
+
+def full_block(dim: int) -> Block:
+    return Block(full_layer(dim))
 
 
 STAGES = {
@@ -30,7 +45,7 @@ STAGES = {
     "medium": MediumCalib,
     "fine": FineCalib,
 }
-ALL = {**STAGES, "layer": full_layer}
+ALL = {**STAGES, "layer": full_block}
 every_module = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 GRIDS = [(1, 1), (1, 7), (7, 1), (2, 2), (6, 9), (9, 6)]
 
@@ -86,8 +101,8 @@ def test_works_in_a_module_of_the_users_own(make: Make) -> None:
         (CoarseCalib, False),
         (MediumCalib, False),
         (FineCalib, True),
-        (full_layer, True),
-        (lambda dim: CalibLayer(dim, 4, CoarseCalib(dim), MediumCalib(dim)), False),
+        (full_block, True),
+        (lambda dim: Block(CalibLayer(dim, dim, dim, 4, CoarseCalib(dim), MediumCalib(dim))), False),
     ],
     ids=["coarse", "medium", "fine", "layer", "layer without fine"],
 )
@@ -164,9 +179,11 @@ def fine_by_hand(module: FineCalib, image: Tensor, grid: tuple[int, int]) -> Ten
                     row = min(max(y + dy - size // 2, 0), height - 1)
                     column = min(max(x + dx - size // 2, 0), width - 1)
                     response = response + module.kernel[:, 0, dy, dx] * image[row * width + column]
-            z = image[y * width + x]
-            share = (module.select.weight @ z + module.select.bias).sigmoid()
-            refined.append(z + module.gate * share * response)
+            token = image[y * width + x]
+            centred = token - token.mean()
+            normed = centred / (centred.square().mean() + 1e-5).sqrt()
+            share = (module.select.weight @ normed + module.select.bias).sigmoid()
+            refined.append(token + module.gate * share * response)
     return torch.stack(refined)
 
 
@@ -195,18 +212,14 @@ def test_fine_is_its_equation(kernel_size: int, grid: tuple[int, int]) -> None:
     torch.testing.assert_close(module(tokens, grid), expected, rtol=0, atol=1e-12)
 
 
-def test_layer_is_its_equation_with_the_stages_from_coarse_to_fine() -> None:
-    layer, tokens = full_layer(10, 6).double(), torch.randn(2, 12, 10, dtype=torch.float64)
+def test_layer_is_its_equations_with_the_stages_from_coarse_to_fine() -> None:
+    layer, tokens = full_layer(10, 6, hidden=15).double(), torch.randn(2, 12, 10, dtype=torch.float64)
     randomise(layer.eval())
-    expected = []
-    for image in tokens:
-        x = medium_by_hand(layer.medium, coarse_by_hand(layer.coarse, image))
-        centred = x - x.mean(1, keepdim=True)
-        z = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
-        z = fine_by_hand(layer.fine, (z * layer.norm.weight + layer.norm.bias) @ layer.down.weight.T, (3, 4))
-        z = z * 0.5 * (1 + (z / math.sqrt(2)).erf())
-        expected.append(x + z @ layer.up.weight.T)
-    torch.testing.assert_close(layer(tokens, (3, 4)), torch.stack(expected), rtol=0, atol=1e-12)
+    inside = [2 * (image @ layer.down.weight.T) @ layer.up.weight.T for image in tokens]
+    torch.testing.assert_close(layer.up(layer.bottleneck(tokens)), torch.stack(inside), rtol=0, atol=1e-12)
+    after = [medium_by_hand(layer.medium, coarse_by_hand(layer.coarse, image)) for image in tokens]
+    expected = torch.stack([fine_by_hand(layer.fine, image, (3, 4)) for image in after])
+    torch.testing.assert_close(layer(tokens, (3, 4)), expected, rtol=0, atol=1e-12)
 
 
 # The high-pass
@@ -282,7 +295,7 @@ def test_prototypes_find_the_categories() -> None:
         assert (categories == categories.mode().values).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib, full_layer], ids=["coarse", "medium", "layer"])
+@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib, full_block], ids=["coarse", "medium", "layer"])
 def test_the_first_batch_passes_unchanged_and_evaluation_learns_nothing(make: Make) -> None:
     module, tokens = make(12).train(), torch.randn(2, 20, 12)
     assert torch.equal(module(tokens, (4, 5)), tokens)
@@ -320,7 +333,7 @@ def test_a_recomputation_under_checkpointing_is_that_of_its_own_forward(make: Ma
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), checkpointed.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib, full_layer], ids=["coarse", "medium", "layer"])
+@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib, full_block], ids=["coarse", "medium", "layer"])
 def test_constant_maps_and_single_patches_stay_finite(make: Make) -> None:
     module = make(12).train()
     for tokens in (torch.ones(2, 6, 12), torch.zeros(2, 6, 12), torch.randn(1, 1, 12)):
@@ -335,21 +348,21 @@ def test_constant_maps_and_single_patches_stay_finite(make: Make) -> None:
 
 @pytest.mark.parametrize("stages", [(), ("coarse",), ("medium",), ("fine",), ("coarse", "fine")], ids=str)
 def test_every_choice_of_stages(stages: tuple[str, ...]) -> None:
-    layer = CalibLayer(16, 8, **{name: STAGES[name](8 if name == "fine" else 16) for name in stages})
+    layer = CalibLayer(16, 16, 16, 8, **{name: STAGES[name](16) for name in stages})
     tokens = torch.randn(2, 12, 16)
-    assert torch.equal(layer(tokens, (3, 4)), tokens)
-    assert {name.split(".")[0] for name in layer.state_dict()} == {"norm", "down", "up", *stages}
+    assert torch.equal(Block(layer)(tokens, (3, 4)), tokens)
+    assert {name.split(".")[0] for name in layer.state_dict()} == {"down", "up", *stages}
     randomise(layer)
-    assert not torch.equal(layer(tokens, (3, 4)), tokens)
+    assert torch.equal(layer(tokens, (3, 4)), tokens) == (not stages)
+    assert not torch.equal(Block(layer)(tokens, (3, 4)), tokens)
 
 
 def test_without_a_grid_only_the_fine_stage_is_skipped() -> None:
     layer, tokens = active(full_layer), torch.randn(2, 12, 12)
-    without = CalibLayer(12, 6, layer.coarse, layer.medium)
-    without.load_state_dict({key: value for key, value in layer.state_dict().items() if not key.startswith("fine.")})
+    without = CalibLayer(12, 12, 12, 6, layer.coarse, layer.medium)
     record: dict[str, Tensor] = {}
     assert torch.equal(layer.delta(tokens, None, record), without.delta(tokens, (3, 4)))
-    assert set(record) == {"scene", "similarity"}
+    assert set(record) == {"similarity"}
     assert not torch.equal(layer(tokens, None), layer(tokens, (3, 4)))
 
 
@@ -357,17 +370,14 @@ def test_record_holds_what_the_losses_need() -> None:
     layer, record = active(full_layer), {}
     layer.delta(torch.randn(2, 12, 12), (3, 4), record)
     shapes = {name: tuple(value.shape) for name, value in record.items()}
-    assert shapes == {"scene": (2, 6), "similarity": (2, 12, 5), "detail": (2, 12, 6)}
+    assert shapes == {"similarity": (2, 12, 5), "share": (2, 12)}
 
 
-def test_a_token_with_a_zero_bottleneck_row_stays_exactly_as_it_was() -> None:
-    layer = CalibLayer(16, 8)
-    nn.init.normal_(layer.up.weight)
-    tokens = torch.randn(2, 12, 16)
-    tokens[:, 4] = 1.0  # LayerNorm makes it zero
-    refined = layer(tokens, (3, 4))
-    assert torch.equal(refined[:, 4], tokens[:, 4])
-    assert (refined != tokens).any(dim=2).sum() == 2 * 11
+def test_a_layer_with_no_stage_to_run_adds_nothing_to_a_block() -> None:
+    tokens = torch.randn(2, 12, 12)
+    assert CalibLayer(12, 12, 48, 6).delta(tokens, (3, 4)) is None
+    assert CalibLayer(12, 12, 48, 6, fine=FineCalib(12)).delta(tokens, None) is None
+    assert CalibLayer(12, 12, 48, 6)(tokens, (3, 4)) is tokens
 
 
 # Training, precision, cost

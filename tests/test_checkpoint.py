@@ -553,7 +553,7 @@ TENSORS = {
     "shape": (
         edited_tensors(lambda t: t.update({UP: t[UP].T})),
         AdapterMismatchError,
-        [f"{UP}: expected shape (32, 8), found (8, 32)"],
+        [f"{UP}: expected shape (128, 8), found (8, 128)"],
     ),
     "dtype": (
         edited_tensors(lambda t: t.update({UP: t[UP].long()})),

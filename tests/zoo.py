@@ -70,7 +70,16 @@ def cases(tier: int | None = None, library: str | None = None) -> tuple[Case, ..
 def _seeded(make: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return make(*args, **kwargs).eval()
+        return _open_branches(make(*args, **kwargs)).eval()
+
+
+def _open_branches(model: nn.Module) -> nn.Module:
+    """Some classes start with norms of weight 0 at the end of residual branches, which no trained model has."""
+    for module in model.modules():
+        is_norm = isinstance(module, nn.LayerNorm) or type(module) in (nn.BatchNorm1d, nn.BatchNorm2d)
+        if is_norm and module.weight is not None and not module.weight.any():
+            nn.init.ones_(module.weight)
+    return model
 
 
 def _spread(value: Any, depths: tuple[int, ...]) -> tuple[Any, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,16 @@ from mgfc.backbones.tuners import own_modules
 from mgfc.distributed import whole
 from mgfc.errors import UnsupportedBackboneError
 
-_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|intermediate|output|fc\d|swiglu", re.IGNORECASE)
+_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|intermediate|^output|fc\d|swiglu", re.IGNORECASE)
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
+_POSITION = re.compile("pos|cpb|meta_mlp", re.IGNORECASE)
 _EXTRA_TOKEN = re.compile(r"(cls|class|dist|reg|query|queries|detection)\w*|\w+_tokens?$", re.IGNORECASE)
 _NOT_EXTRA_TOKEN = re.compile(r"mask|pos|type|segment", re.IGNORECASE)
 _PREFIX_TOKEN = re.compile(r"(cls|class|dist|reg)\w*(token|embedding)|(cls|class)_?(token|embed)", re.IGNORECASE)
 
 
 def _feed_forward_maps(block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The linear maps of a block's feed-forward network, in order; all of the block's where none is named so."""
+    """The linear maps of a block's feed-forward network, in order; the block's last one where none is named so."""
     maps = [
         (name, module)
         for name, module in own_modules(block)
@@ -32,10 +34,10 @@ def _feed_forward_maps(block: nn.Module) -> list[tuple[str, nn.Module]]:
         and isinstance(getattr(module, "weight", None), Tensor)
         and module.weight.ndim in (2, 4)
     ]
-    feed_forward = [(name, m) for name, m in maps if _last(_FEED_FORWARD, name) > _last(_ATTENTION, name)]
     if not maps:
         raise UnsupportedBackboneError(f"{type(block).__name__}: expected a block with linear maps, found none.")
-    return feed_forward or maps
+    named = [(name, m) for name, m in maps if _last(_FEED_FORWARD, name) > _last(_ATTENTION, name)]
+    return [(name, m) for name, m in named if not _POSITION.search(name)] or maps[-1:]
 
 
 def _last(pattern: re.Pattern[str], name: str) -> int:
@@ -54,6 +56,41 @@ def block_width(block: nn.Module) -> int:
         # The experts of a mixture write a part of the channels each, but read all of them.
         return _size(maps[0][1], "in_features", "in_channels")
     return _size(maps[-1][1], "out_features", "out_channels")
+
+
+def entry_maps(block: nn.Module) -> list[nn.Module]:
+    """The linear maps that read what a block's feed-forward network is given: one, or a gate's and a value's."""
+    first, *others = [module for _, module in _feed_forward_maps(block)]
+    size = entry_size(first)
+    return [first, *takewhile(lambda module: entry_size(module) == size, others[:-1])]
+
+
+def entry_size(module: nn.Module) -> tuple[int, int]:
+    """Channels that a linear map reads and writes."""
+    return _size(module, "in_features", "in_channels"), _size(module, "out_features", "out_channels")
+
+
+class BlockWidths(NamedTuple):
+    """Channels where calibrators work in a block.
+
+    Args:
+        dim: of the block's output tokens.
+        entry: that its feed-forward network reads.
+        hidden: that the network's first linear maps write, all together.
+    """
+
+    dim: int
+    entry: int
+    hidden: int
+
+
+def block_widths(tower: Tower) -> list[BlockWidths]:
+    """The widths of each block of a tower."""
+    widths = []
+    for block in tower.modules():
+        sizes = [entry_size(module) for module in entry_maps(block)]
+        widths.append(BlockWidths(block_width(block), sizes[0][0], sum(hidden for _, hidden in sizes)))
+    return widths
 
 
 def _size(module: nn.Module, *names: str) -> int:

@@ -30,6 +30,8 @@ class GridTracker:
     def __init__(self, max_extra: int) -> None:
         self.max_extra = max_extra
         self.recent: tuple[Grid, ...] = ()
+        self.entered: tuple[Grid, ...] = ()
+        self.tagged: tuple[Grid, ...] = ()
 
     def __reduce__(self) -> tuple[type[GridTracker], tuple[int]]:
         return GridTracker, (self.max_extra,)
@@ -54,14 +56,23 @@ class GridTracker:
         if left is None or not args or left.shape[1] != args[0].shape[1]:
             self.recent = ()
 
-    def resolve(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, num_tokens: int) -> Grid | None:
-        """The grid of a block's output of `num_tokens` tokens, or None where there is none."""
+    def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Takes note of what a block is called with, before grids in it or of its output are asked for."""
         entry = first_tensor(args, kwargs)
-        tagged = [getattr(entry, _TAG)] if hasattr(entry, _TAG) else []
-        for height, width in [*_pairs(output), *_pairs(args), *_pairs(kwargs.values()), *tagged, *self.recent]:
+        self.tagged = (getattr(entry, _TAG),) if hasattr(entry, _TAG) else ()
+        self.entered = (*_pairs(args), *_pairs(kwargs.values()))
+
+    def resolve(self, num_tokens: int, output: Any = None) -> Grid | None:
+        """The grid of `num_tokens` tokens in the block that was entered, or None where there is none.
+
+        Args:
+            num_tokens: patches and extra tokens of one image.
+            output: of the block, if they are its output tokens.
+        """
+        for height, width in [*_pairs(output), *self.entered, *self.tagged, *self.recent]:
             if 0 <= num_tokens - height * width <= self.max_extra:
                 return height, width
-        for height, width in [*tagged, *self.recent]:
+        for height, width in [*self.tagged, *self.recent]:
             for half in ((height + 1) // 2, (width + 1) // 2), (height // 2, width // 2):
                 if 0 <= num_tokens - half[0] * half[1] <= self.max_extra and half[0] * half[1] > 0:
                     self.recent = (half, *self.recent[:3])
@@ -118,7 +129,7 @@ def _pair(value: Any) -> Grid:
 
 def _pairs(values: Any) -> list[Grid]:
     """Sizes among a call's values: (h, w) pairs, and h, w as neighbouring numbers."""
-    if isinstance(values, Tensor):
+    if values is None or isinstance(values, Tensor):
         return []
     values = list(values)
     pairs = [_pair(value) for value in values if isinstance(value, (tuple, list)) and _is_pair(value)]

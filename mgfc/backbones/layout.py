@@ -29,12 +29,15 @@ class RasterOrder:
         self.leading = leading
         self.trailing = trailing
 
+    def extra(self, num_tokens: int, grid: Grid | None) -> tuple[int, int]:
+        """How many extra tokens lead and trail `num_tokens` of them."""
+        leading = self.leading if grid is None else num_tokens - grid[0] * grid[1] - self.trailing
+        return leading, self.trailing
+
     def view(self, tokens: Tensor, grid: Grid | None) -> PatchView:
         """Splits (B, N, C) into patches and extra tokens."""
-        num_tokens = tokens.shape[1]
-        leading = self.leading if grid is None else num_tokens - grid[0] * grid[1] - self.trailing
-        patches = tokens[:, leading : num_tokens - self.trailing]
-        return PatchView(patches, grid, leading, self.trailing)
+        leading, trailing = self.extra(tokens.shape[1], grid)
+        return PatchView(tokens[:, leading : tokens.shape[1] - trailing], grid, leading, trailing)
 
 
 class MaskUnitOrder:
@@ -48,6 +51,10 @@ class MaskUnitOrder:
     def __init__(self, owner: nn.Module, stage: int) -> None:
         self.owner: Any = owner
         self.stage = stage
+
+    def extra(self, num_tokens: int, grid: Grid | None) -> tuple[int, int]:
+        """None."""
+        return 0, 0
 
     def view(self, tokens: Tensor, grid: Grid | None) -> PatchView:
         """Brings (B, N, C) into raster order; masked input has no grid and stays as it is."""
@@ -78,6 +85,10 @@ class WindowOrder:
         self.side = side
         self.leading = leading
 
+    def extra(self, num_tokens: int, grid: Grid | None) -> tuple[int, int]:
+        """How many extra tokens lead and trail each window."""
+        return self.leading, 0
+
     def view(self, tokens: Tensor, grid: Grid | None) -> PatchView:
         """Joins the windows of each image into one raster: (B*side*side, extra + n, C) -> (B, h*w, C)."""
         if grid is None:
@@ -92,7 +103,7 @@ Order = RasterOrder | MaskUnitOrder | WindowOrder
 
 @dataclass(frozen=True)
 class PatchView:
-    """The patch tokens of a block's output.
+    """The patch tokens in a block's output.
 
     Args:
         patches: (B, N, C), in raster order if there is a grid.
@@ -134,34 +145,54 @@ class PatchView:
         return values.permute(0, 3, 1, 2) if self.channels_first else values
 
 
-def view_patches(
-    tensor: Tensor, dim: int, order: Order, tracker: GridTracker, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-) -> PatchView:
+def channels_last(tensor: Tensor, dim: int) -> tuple[Tensor, bool]:
+    """A tensor of a block's with the channels last, and whether that moved them.
+
+    Args:
+        tensor: (B, N, C), (B, h, w, C) or (B, C, h, w).
+        dim: the expected C.
+
+    Raises:
+        ValueError: if the tensor is none of these.
+    """
+    if tensor.ndim in (3, 4) and tensor.shape[-1] == dim:
+        return tensor, False
+    if tensor.ndim == 4 and tensor.shape[1] == dim:
+        return tensor.permute(0, 2, 3, 1), True
+    raise ValueError(f"expected (B, N, {dim}), (B, h, w, {dim}) or (B, {dim}, h, w), found {tuple(tensor.shape)}")
+
+
+def extra_tokens(tokens: Tensor, order: Order, tracker: GridTracker) -> tuple[int, int]:
+    """How many extra tokens lead and trail in a tensor of a block's that has the channels last."""
+    if tokens.ndim == 4:
+        return 0, 0
+    return order.extra(tokens.shape[1], _grid(tokens.shape[1], order, tracker))
+
+
+def view_patches(tensor: Tensor, dim: int, order: Order, tracker: GridTracker, output: Any = None) -> PatchView:
     """Finds the patches in a block's output tensor.
 
     Args:
         tensor: (B, N, C), (B, h, w, C) or (B, C, h, w).
         dim: the expected C.
         order: how sequences of this block are ordered.
-        tracker: the tower's grid tracker.
-        args: positional ones of the block's call.
-        kwargs: its keyword ones.
-        output: its result.
+        tracker: the tower's grid tracker, which saw the block's call.
+        output: the block's result.
 
     Raises:
         ValueError: if the tensor is none of these.
     """
-    if tensor.ndim == 4 and dim in (tensor.shape[1], tensor.shape[3]):
-        channels_first = tensor.shape[3] != dim
-        maps = tensor.permute(0, 2, 3, 1) if channels_first else tensor
-        grid = (maps.shape[1], maps.shape[2])
-        return PatchView(maps.flatten(1, 2), grid, map_shape=True, channels_first=channels_first)
-    if tensor.ndim == 3 and tensor.shape[2] == dim:
-        num_tokens = tensor.shape[1]
-        if isinstance(order, WindowOrder):
-            num_tokens = (num_tokens - order.leading) * order.side**2
-        return order.view(tensor, tracker.resolve(args, kwargs, output, num_tokens))
-    raise ValueError(f"expected (B, N, {dim}), (B, h, w, {dim}) or (B, {dim}, h, w), found {tuple(tensor.shape)}")
+    tokens, channels_first = channels_last(tensor, dim)
+    if tokens.ndim == 4:
+        grid = (tokens.shape[1], tokens.shape[2])
+        return PatchView(tokens.flatten(1, 2), grid, map_shape=True, channels_first=channels_first)
+    return order.view(tokens, _grid(tokens.shape[1], order, tracker, output))
+
+
+def _grid(num_tokens: int, order: Order, tracker: GridTracker, output: Any = None) -> Grid | None:
+    if isinstance(order, WindowOrder):
+        num_tokens = (num_tokens - order.leading) * order.side**2
+    return tracker.resolve(num_tokens, output)
 
 
 def pick_tensor(output: Any) -> Tensor | None:

@@ -9,13 +9,14 @@ from torch.nn import functional as F
 class FineCalib(nn.Module):
     """High-frequency spatial detail: a gated depth-wise high-pass over the patch grid.
 
-    With patch tokens Z on an h x w grid:
+    With patch tokens X on an h x w grid:
 
-        Z <- Z + g * sigmoid(Z W + b) * HP(Z)
+        X <- X + g * sigmoid(LN(X) w + b) * HP(X)
 
     HP is a depth-wise convolution, at first the identity minus a box blur. Borders are replicated, so a constant map has
-    zero response everywhere at initialisation. The per-channel gate g is 0 at initialisation: the module starts as the
-    identity. Source: `docs/method.md`, "Fine".
+    zero response everywhere at initialisation. The sigmoid lets a share of the detail through at each patch; LN has no
+    parameters. The gate g has a value for each channel, 0 at initialisation: the module starts as the identity.
+    Source: `docs/method.md`, "Fine".
 
     Args:
         dim: channels C of the tokens.
@@ -36,11 +37,11 @@ class FineCalib(nn.Module):
         kernel = torch.full((dim, 1, kernel_size, kernel_size), -1 / kernel_size**2)
         kernel[..., kernel_size // 2, kernel_size // 2] += 1
         self.kernel = nn.Parameter(kernel)
-        self.select = nn.Linear(dim, dim)
+        self.select = nn.Linear(dim, 1)
         self.gate = nn.Parameter(torch.zeros(dim))
 
     def high_pass(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """HP(Z): (B, h*w, C) -> (B, h*w, C)."""
+        """HP(X): (B, h*w, C) -> (B, h*w, C)."""
         pad = self.kernel.shape[-1] // 2
         maps = rearrange(tokens, "b (h w) c -> b c h w", h=grid[0])
         # Not F.pad(mode="replicate"), whose backward gets other strides than torch.compile's inductor expects.
@@ -48,10 +49,10 @@ class FineCalib(nn.Module):
         maps = torch.cat([maps[..., :1]] * pad + [maps] + [maps[..., -1:]] * pad, dim=3)
         return F.conv2d(maps, self.kernel, groups=tokens.shape[-1]).flatten(2).mT
 
-    def add(self, tokens: Tensor, detail: Tensor) -> Tensor:
-        """Adds the detail where the patch asks for it: (B, N, C), (B, N, C) -> (B, N, C)."""
-        share: Tensor = self.select(tokens).sigmoid()
-        return tokens + self.gate * share * detail
+    def shift(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What calibration adds, and the logits of the share let through: (B, h*w, C) -> (B, h*w, C), (B, h*w)."""
+        logits: Tensor = self.select(F.layer_norm(tokens, tokens.shape[-1:]))
+        return self.gate * logits.sigmoid() * self.high_pass(tokens, grid), logits.squeeze(-1)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Refines patch tokens.
@@ -72,4 +73,4 @@ class FineCalib(nn.Module):
                 f"FineCalib: expected {height} x {width} = {height * width} tokens, found {tokens.shape[1]}. "
                 "Leave extra tokens (class, registers) out."
             )
-        return self.add(tokens, self.high_pass(tokens, grid))
+        return tokens + self.shift(tokens, grid)[0]

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mgfc.calibrators.coarse import CoarseCalib
 from mgfc.calibrators.fine import FineCalib
@@ -10,65 +8,81 @@ from mgfc.calibrators.medium import MediumCalib
 
 
 class CalibLayer(nn.Module):
-    """The calibrator of one block: its stages, from coarse to fine, and a bottleneck that learns.
+    """The calibrator of one block: a bottleneck inside its feed-forward network, and stages, from coarse to fine, behind it.
 
-        X <- coarse(X);   X <- medium(X);   Z = fine(LayerNorm(X) W_down);   X <- X + gelu(Z) W_up
+        H <- H + 2 F W_down W_up                            F: what the network reads,  H: what its first map writes
+        X <- coarse(X);   X <- medium(X);   X <- fine(X)    X: patch tokens that leave the block
 
-    The first two stages work on the tokens themselves, the last one inside the bottleneck. W_up is 0 at initialisation and
-    the statistics are empty: the layer starts as the identity. Source: `docs/method.md`, "The layer".
+    W_up and the gate of the fine stage are 0 at initialisation and the statistics are empty: the layer starts as the
+    identity. Source: `docs/method.md`, "The layer".
 
     Args:
-        dim: channels C of the block's tokens.
+        dim: channels C of the block's output tokens X.
+        entry: channels of F.
+        hidden: channels of H.
         rank: bottleneck width r.
         coarse: a `CoarseCalib` of width C, or None.
         medium: a `MediumCalib` of width C, or None.
-        fine: a `FineCalib` of width r, or None.
+        fine: a `FineCalib` of width C, or None.
 
     Examples:
-        >>> CalibLayer(64, 16, fine=FineCalib(16))(torch.randn(2, 6 * 9, 64), (6, 9)).shape
+        >>> layer = CalibLayer(64, 64, 256, 16, fine=FineCalib(64))
+        >>> layer.up(layer.bottleneck(torch.randn(2, 6 * 9, 64))).shape
+        torch.Size([2, 54, 256])
+        >>> layer(torch.randn(2, 6 * 9, 64), (6, 9)).shape
         torch.Size([2, 54, 64])
     """
+
+    # As of LoRA with alpha = 2 r: how far one step of an optimiser goes.
+    SCALE = 2.0
 
     def __init__(
         self,
         dim: int,
+        entry: int,
+        hidden: int,
         rank: int,
         coarse: CoarseCalib | None = None,
         medium: MediumCalib | None = None,
         fine: FineCalib | None = None,
     ) -> None:
         super().__init__()
+        self.down = nn.Linear(entry, rank, bias=False)
+        self.up = nn.Linear(rank, hidden, bias=False)
+        nn.init.zeros_(self.up.weight)
         self.coarse = coarse
         self.medium = medium
-        self.norm = nn.LayerNorm(dim)
-        self.down = nn.Linear(dim, rank, bias=False)
         self.fine = fine
-        self.up = nn.Linear(rank, dim, bias=False)
-        nn.init.zeros_(self.up.weight)
 
-    def delta(self, tokens: Tensor, grid: tuple[int, int] | None, record: dict[str, Tensor] | None = None) -> Tensor:
-        """What the layer adds: (B, N, C) -> (B, N, C).
+    def bottleneck(self, tokens: Tensor) -> Tensor:
+        """2 F W_down, which `up` maps to what the layer adds inside the block: (..., entry) -> (..., r)."""
+        z: Tensor = self.down(tokens)
+        return self.SCALE * z
+
+    def delta(self, tokens: Tensor, grid: tuple[int, int] | None, record: dict[str, Tensor] | None = None) -> Tensor | None:
+        """What the stages add to the patch tokens that leave the block, or None if there is none to run.
 
         Args:
-            tokens: (B, N, C) patch tokens, in raster order if there is a grid.
+            tokens: (B, N, C), in raster order if there is a grid.
             grid: (h, w) in patches, or None where the patches have no known places; the fine stage is skipped then.
-            record: takes what the losses need: "scene" (B, r), "similarity" (B, N, K), "detail" (B, N, r).
+            record: takes what the losses need: "similarity" (B, N, K), "share" (B, N).
         """
         record = {} if record is None else record
-        delta = torch.zeros((), dtype=tokens.dtype, device=tokens.device)
+        delta: Tensor | None = None
         if self.coarse is not None:
-            delta = delta + self.coarse.shift(tokens).to(tokens.dtype)
+            delta = self.coarse.shift(tokens).to(tokens.dtype).expand_as(tokens)
         if self.medium is not None:
-            shift, record["similarity"] = self.medium.shift(tokens + delta)
-            delta = delta + shift.to(tokens.dtype)
-        z = self.down(self.norm(tokens + delta))
-        record["scene"] = z.mean(dim=1)
+            shift, record["similarity"] = self.medium.shift(_plus(tokens, delta))
+            delta = _plus(shift.to(tokens.dtype), delta)
         if self.fine is not None and grid is not None:
-            record["detail"] = detail = self.fine.high_pass(z, grid)
-            z = self.fine.add(z, detail)
-        learnt: Tensor = self.up(F.gelu(z))
-        return delta + learnt
+            shift, record["share"] = self.fine.shift(_plus(tokens, delta), grid)
+            delta = _plus(shift, delta)
+        return delta
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """Calibrates patch tokens: (B, h*w, C) -> (B, h*w, C); arguments as in `delta`."""
-        return tokens + self.delta(tokens, grid)
+        """Runs the stages on the patch tokens that leave the block: (B, N, C) -> (B, N, C); arguments as in `delta`."""
+        return _plus(tokens, self.delta(tokens, grid))
+
+
+def _plus(tokens: Tensor, delta: Tensor | None) -> Tensor:
+    return tokens if delta is None else tokens + delta
