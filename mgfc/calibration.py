@@ -22,7 +22,7 @@ from mgfc.backbones.grid import Grid, GridTracker, first_tensor, stem_hooks, tag
 from mgfc.backbones.layout import PatchView, channels_last, extra_tokens, padding, pick_tensor, put_tensor, view_patches
 from mgfc.backbones.tuners import tuner_parameters
 from mgfc.calibrators import CalibLayer, ReinCalib
-from mgfc.calibrators.running import keep_read
+from mgfc.calibrators.running import as_one_batch, keep_read
 from mgfc.config import AdapterConfig
 from mgfc.errors import AdapterMismatchError, CalibrationError, ConfigError
 from mgfc.peft import Tuner, eject, inject
@@ -399,12 +399,14 @@ class Calibration(nn.Module):
         Raises:
             ConfigError: if there is none of this name.
         """
-        before = self.active_adapter
+        before, flags = self.active_adapter, [(p, p.requires_grad) for p in self.parameters()]
         self.set_adapter(name)
         try:
             yield
         finally:
-            self.set_adapter(before)
+            self.active_adapter = before
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -526,9 +528,10 @@ def _follow(adapter: Adapter, root: nn.Module) -> None:
 def _padded_delta(layer: CalibLayer | ReinCalib, patches: Tensor, valid: Tensor) -> Tensor | None:
     """What the layer adds to each image's real patches alone; padding stays as it is."""
     delta = torch.zeros_like(patches)
-    for index in range(len(patches)):
-        real = layer.delta(patches[index : index + 1, valid[index]], None)
-        if real is None:
-            return None
-        delta[index, valid[index]] = real[0].to(delta.dtype)
+    with as_one_batch(layer):
+        for index in range(len(patches)):
+            real = layer.delta(patches[index : index + 1, valid[index]], None)
+            if real is None:
+                return None
+            delta[index, valid[index]] = real[0].to(delta.dtype)
     return delta

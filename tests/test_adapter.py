@@ -167,3 +167,15 @@ def test_an_adapter_that_is_not_there(vit: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(AdapterNotFoundError):
         vit.calibration.add_adapter("new", tmp_path / "nothing")
     assert list(vit.calibration.adapters) == ["default", "fog"]
+
+
+def test_using_gives_back_the_flags_as_they_were() -> None:
+    vit = wrap_backbone(bare(), MGFCConfig(rank=4))
+    vit.calibration.add_adapter("other", MGFCConfig(rank=8))
+    vit.calibration.adapter.requires_grad_(False)
+    vit.calibration.layers["1"].requires_grad_(True)
+    before = {name: parameter.requires_grad for name, parameter in vit.named_parameters()}
+    with vit.calibration.using("other"):
+        assert all(parameter.requires_grad for parameter in vit.calibration.adapter.parameters())
+    assert {name: parameter.requires_grad for name, parameter in vit.named_parameters()} == before
+    assert any(before.values())

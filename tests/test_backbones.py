@@ -15,10 +15,20 @@ from torch import Tensor, nn
 from zoo import CASES
 
 from mgfc import MGFCConfig, UnsupportedBackboneError, wrap_backbone
-from mgfc.backbones.description import block_width, describe, fingerprint, patch_size
+from mgfc.backbones.description import block_width, block_widths, describe, entry_maps, fingerprint, patch_size
 from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, tag
-from mgfc.backbones.layout import MaskUnitOrder, RasterOrder, padding, pick_tensor, put_tensor, view_patches
+from mgfc.backbones.layout import (
+    MaskUnitOrder,
+    RasterOrder,
+    WindowOrder,
+    channels_last,
+    extra_tokens,
+    padding,
+    pick_tensor,
+    put_tensor,
+    view_patches,
+)
 
 
 def build(name: str) -> nn.Module:
@@ -210,6 +220,48 @@ def test_base_model_is_a_hub_id_or_nothing(tmp_path: Any) -> None:
     assert describe(find_tower(model))["base_model"] == "facebook/dinov2-small"
     model.config.name_or_path = str(tmp_path)
     assert describe(find_tower(model))["base_model"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "hidden"),
+    [
+        ("timm-VisionTransformer-cls", ["mlp.fc1"], 128),
+        ("timm-VisionTransformer-aimv2", ["mlp.fc1_g", "mlp.fc1_x"], 176),  # gate and value
+        ("transformers-Aimv2VisionModel", ["ffn.gate_proj", "ffn.up_proj"], 128),
+        ("timm-VisionTransformerRelPos", ["mlp.fc1"], 128),  # not attn.rel_pos.mlp.fc1
+        ("transformers-Swinv2Model", ["intermediate.dense"], 64),  # nor attention.output.dense
+        ("transformers-VitPoseBackbone-moe", ["mlp.fc1"], 128),  # shared by the experts
+        ("timm-VisionTransformer-parallel-things", ["ffns.0.mlp.fc1"], 128),
+        ("timm-VisionTransformer-parallel-scaling", ["mlp_out_proj"], 32),  # its first map is used without being called
+        ("timm-VisionTransformer-parallel-diff", ["out_proj"], 32),
+        ("timm-MultiScaleVit", ["mlp.fc1"], 64),
+    ],
+)
+def test_where_a_feed_forward_network_begins(name: str, entry: list[str], hidden: int) -> None:
+    tower = find_tower(build(name))
+    block = tower.modules()[0]
+    maps = entry_maps(block)
+    assert [part for part, module in block.named_modules() if any(module is found for found in maps)] == entry
+    widths = block_widths(tower)[0]
+    assert widths.hidden == hidden == sum(module.out_features for module in maps)
+    assert widths.entry == maps[0].in_features
+
+
+def test_extra_tokens_around_the_patches() -> None:
+    tracker = GridTracker(max_extra=3)
+    tracker.recent = ((4, 6),)
+    assert extra_tokens(torch.zeros(2, 27, 8), RasterOrder(0, 1), tracker) == (2, 1)
+    assert extra_tokens(torch.zeros(2, 50, 8), RasterOrder(2, 1), tracker) == (2, 1), "as declared where there is no grid"
+    assert extra_tokens(torch.zeros(8, 7, 8), WindowOrder(2, 1), tracker) == (1, 0)
+    assert extra_tokens(torch.zeros(2, 4, 6, 8), RasterOrder(2, 1), tracker) == (0, 0)
+
+
+@pytest.mark.parametrize(("shape", "moved"), [((2, 12, 8), False), ((2, 3, 4, 8), False), ((2, 8, 3, 4), True)], ids=str)
+def test_channels_last(shape: tuple[int, ...], moved: bool) -> None:
+    tokens, was_moved = channels_last(torch.zeros(shape), 8)
+    assert tokens.shape[-1] == 8 and was_moved == moved
+    with pytest.raises(ValueError, match=r"expected \(B, N, 7\).*found"):
+        channels_last(torch.zeros(shape), 7)
 
 
 def test_block_without_linear_maps() -> None:

@@ -417,6 +417,23 @@ def test_dropped_patches_have_no_grid() -> None:
 # Reports and errors
 
 
+def test_check_names_feed_forward_networks_whose_map_is_not_called() -> None:
+    class Fused(nn.Module):
+        """Uses the weight of `fc1` without calling it, as fused kernels do."""
+
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(F.gelu(F.linear(x, self.fc1.weight, self.fc1.bias)))
+
+    model = make()
+    model.blocks[1].mlp = Fused(model.blocks[1].mlp)
+    with pytest.raises(CalibrationError, match=r"first linear map.*found.*blocks\.1.*no effect"):
+        model.calibration.check(torch.randn(1, 3, 32, 32))
+
+
 def test_check_restores_modes_and_reports() -> None:
     model = make().train()
     model.blocks[1].eval()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgfc import CalibLayer, CoarseCalib, FineCalib, MediumCalib
-from mgfc.calibrators.running import RunningMean
+from mgfc.calibrators.running import RunningMean, as_one_batch
 
 Make = Callable[[int], nn.Module]
 
@@ -318,6 +318,22 @@ def test_a_running_mean_is_plain_at_first_and_exponential_later() -> None:
         expected = expected + max(1 / (index + 1), 0.25) * (value - expected)
     mean.eval().observe(values[0])
     torch.testing.assert_close(mean.read()[0], expected)
+
+
+@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+def test_images_that_pass_one_by_one_are_one_batch(make: Make) -> None:
+    together, apart = (trained_on(make(12), domain(0.0, 1.0), batches=2).train() for _ in range(2))
+    tokens = domain(1.0, 0.8)[:3]
+    expected = together(tokens, (6, 10))
+    with as_one_batch(apart):
+        found = torch.cat([apart(image.unsqueeze(0), (6, 10)) for image in tokens])
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(apart.buffers(), together.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    fresh = make(12).train()
+    with as_one_batch(fresh):
+        assert all(torch.equal(fresh(image.unsqueeze(0), (6, 10)), image.unsqueeze(0)) for image in tokens)
+    assert fresh.source.count == 1
 
 
 @pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +35,24 @@ def keep_read(layer: nn.Module, tokens: Tensor) -> None:
         mean._read_count.copy_(count)
 
 
+@contextmanager
+def as_one_batch(module: nn.Module) -> Iterator[None]:
+    """Within it, the images of a batch may pass one by one: running means take them in together at the end."""
+    means = [part for part in module.modules() if isinstance(part, RunningMean)]
+    held: list[list[Tensor]] = [[] for _ in means]
+    for mean, values in zip(means, held, strict=True):
+        mean._held = values
+    try:
+        yield
+    finally:
+        for mean in means:
+            mean._held = None
+    for mean, values in zip(means, held, strict=True):
+        if values:
+            # In the first batch every image offers a start, of which one has to be taken.
+            mean.observe(torch.stack(values).mean(dim=0) if mean.count else values[0])
+
+
 class RunningMean(nn.Module):
     """The mean of what training batches showed, as in BatchNorm: plain at first, then exponential.
 
@@ -51,6 +72,7 @@ class RunningMean(nn.Module):
     def __init__(self, *shape: int, momentum: float = 0.02) -> None:
         super().__init__()
         self.momentum = momentum
+        self._held: list[Tensor] | None = None
         self.register_buffer("value", torch.zeros(shape))
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("_read_value", torch.zeros(shape), persistent=False)
@@ -67,6 +89,10 @@ class RunningMean(nn.Module):
     @torch.no_grad()
     def observe(self, value: Tensor) -> None:
         """In training mode, adds what a batch showed: of all processes, which share it equally."""
-        if self.training and not is_recomputing():
-            self.count += 1
-            self.value += (1 / self.count).clamp_min(self.momentum) * (mean_over_processes(value) - self.value)
+        if not self.training or is_recomputing():
+            return
+        if self._held is not None:
+            self._held.append(value)
+            return
+        self.count += 1
+        self.value += (1 / self.count).clamp_min(self.momentum) * (mean_over_processes(value) - self.value)
