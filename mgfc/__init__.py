@@ -5,7 +5,8 @@ An implementation of the published description of Multi-Granularity Feature Cali
 
 __version__ = "0.1.0"
 
-from mgfc.calibration import BlockReport, Calibration
+from mgfc.blocks import BlockReport
+from mgfc.calibration import Calibration
 from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib, ReinCalib
 from mgfc.checkpoint import load_head
 from mgfc.config import CoarseConfig, FineConfig, MediumConfig, MGFCConfig, ReinConfig

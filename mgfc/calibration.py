@@ -1,61 +1,29 @@
-"""The calibrators of one backbone: the hooks that run them, their losses, what they are and whether they work."""
+"""The calibrators of one backbone: its adapters, their losses, what they are and whether they work."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mgfc.adapter import GRANULARITIES, Adapter, Adapters, average
-from mgfc.backbones.description import block_widths, entry_maps, entry_size, max_extra_tokens, token_orders
+from mgfc.backbones.description import block_widths, max_extra_tokens, token_orders
 from mgfc.backbones.detection import Tower
-from mgfc.backbones.grid import Grid, GridTracker, first_tensor, stem_hooks, tag
-from mgfc.backbones.layout import PatchView, channels_last, extra_tokens, padding, pick_tensor, put_tensor, view_patches
+from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.tuners import tuner_parameters
-from mgfc.calibrators import CalibLayer, ReinCalib
-from mgfc.calibrators.running import as_one_batch, keep_read
+from mgfc.blocks import BlockHooks, BlockReport
+from mgfc.calibrators import CalibLayer
 from mgfc.config import AdapterConfig
 from mgfc.errors import AdapterMismatchError, CalibrationError, ConfigError
 from mgfc.peft import Tuner, eject, inject
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What one calibrated block saw in a forward.
-
-    Args:
-        name: the block's name in the backbone.
-        shape: of the block's tensor.
-        grid: (h, w) of its patches, or None where it has none.
-        num_patches: patches refined in each image.
-        leading: extra tokens before the patches, passed through.
-        trailing: extra tokens after them, passed through.
-        changed: whether refinement changed the tensor; False in a fresh calibration.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    grid: Grid | None
-    num_patches: int
-    leading: int
-    trailing: int
-    changed: bool
-
-    def __str__(self) -> str:
-        grid = "no grid, fine stage skipped" if self.grid is None else f"grid {self.grid[0]} x {self.grid[1]}"
-        extra = f"{self.leading} leading and {self.trailing} trailing tokens passed through"
-        return f"{self.name}: {self.num_patches} patches, {grid}, {extra}, {'refined' if self.changed else 'unchanged'}"
 
 
 class Calibration(nn.Module):
@@ -76,14 +44,12 @@ class Calibration(nn.Module):
     def __init__(self, tower: Tower) -> None:
         super().__init__()
         self.block_names = tower.blocks
-        self.widths = block_widths(tower)
         self.adapters = Adapters()
         self.active_adapter = ""
         self.enabled = True
-        self._orders = token_orders(tower)
         self._tracker = GridTracker(max_extra_tokens(tower))
-        self._reports: dict[int, BlockReport] | None = None
-        self._entries: dict[int, bool] = {}
+        places = enumerate(zip(block_widths(tower), token_orders(tower), strict=True))
+        self.blocks = [BlockHooks(self, index, *place, self._tracker) for index, place in places]
         self._handles: list[Any] = []
         self._frozen_names: tuple[str, ...] = ()
         self._frozen_norms: list[nn.Module] = []
@@ -96,7 +62,7 @@ class Calibration(nn.Module):
         state = dict(self.__dict__)
         if id(state.get("_backbone")) not in memo:
             state.pop("_backbone", None)
-            state |= {"_handles": [], "_frozen_norms": [], "_orders": []}
+            state |= {"_handles": [], "_frozen_norms": [], "blocks": []}
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
 
@@ -237,21 +203,8 @@ class Calibration(nn.Module):
         self.__dict__["_backbone"] = tower.root
         self._handles = stem_hooks(tower.root, tower.blocks, self._tracker)
         # Also on blocks that the active adapter leaves out: hooks added after torch.compile are ignored.
-        for index, block in enumerate(tower.modules()):
-            self._attach_block(index, block)
-
-    def _attach_block(self, index: int, block: nn.Module) -> None:
-        enter = functools.partial(self._enter_block, index)
-        refine = functools.partial(self._refine_block, index)
-        self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        # Transformers captures feature maps by hooks of its own: ours has to run before them.
-        self._handles.append(block.register_forward_hook(refine, prepend=True, with_kwargs=True))
-        start = 0
-        for module in entry_maps(block):
-            stop = start + entry_size(module)[1]
-            widen = functools.partial(self._adapt_entry, index, start, stop)
-            self._handles.append(module.register_forward_hook(widen, prepend=True, with_kwargs=True))
-            start = stop
+        for hooks, block in zip(self.blocks, tower.modules(), strict=True):
+            self._handles += hooks.attach(block)
 
     def forward(self, x: T) -> T:
         """Returns its input: containers that run their children in order, as timm's `FeatureListNet`, pass through."""
@@ -290,107 +243,6 @@ class Calibration(nn.Module):
         for norm in self._frozen_norms:
             norm.eval()
         return self
-
-    def _layer(self, index: int) -> CalibLayer | ReinCalib | None:
-        """What the active adapter has for a block."""
-        layers = self.adapter.layers
-        return cast("CalibLayer | ReinCalib", layers[str(index)]) if self.enabled and str(index) in layers else None
-
-    def _enter_block(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._tracker.enter(args, kwargs)
-        self.adapter.start_record(index)
-        entry, checkpointing = first_tensor(args, kwargs), block.training and getattr(block, "gradient_checkpointing", False)
-        if entry is not None and checkpointing and torch.is_grad_enabled() and self._layer(index) is not None:
-            # Transformers checkpoints what is inside the block; PyTorch's reentrant form gives gradients to nothing in
-            # there unless an input asks for some, and those of a frozen backbone do not.
-            entry.requires_grad_()
-
-    def _adapt_entry(
-        self,
-        index: int,
-        start: int,
-        stop: int,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor,
-    ) -> Tensor | None:
-        layer = self._layer(index)
-        tensor = first_tensor(args, kwargs)
-        if not isinstance(layer, CalibLayer) or tensor is None:
-            return None
-        try:
-            tokens, channels_first = channels_last(tensor, self.widths[index].entry)
-        except ValueError as error:
-            raise self._error(index, f"feed-forward network: {error}") from None
-        # In the block's own order: a recomputation of the block alone does not know the grid of its own forward.
-        leading, trailing = extra_tokens(tokens, self._orders[index], self._tracker)
-        z = layer.bottleneck(tokens[:, leading : tokens.shape[1] - trailing].to(layer.down.weight.dtype))
-        record = self.adapter.record(index)
-        if record is not None:
-            record["scene"] = z.flatten(1, -2).mean(dim=1)
-        if leading or trailing:
-            z = F.pad(z, (0, 0, leading, trailing))
-        delta = F.linear(z, layer.up.weight[start:stop])
-        adapted = output + (delta.permute(0, 3, 1, 2) if channels_first else delta).to(output.dtype)
-        if self._reports is not None:
-            self._entries[index] = not torch.equal(adapted, output)
-        return adapted
-
-    def _refine_block(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        layer = self._layer(index)
-        if layer is None:
-            return None
-        tensor = pick_tensor(output)
-        if tensor is None:
-            raise self._error(index, f"expected tokens from the block, found {type(output).__name__}")
-        try:
-            view = view_patches(tensor, self.widths[index].dim, self._orders[index], self._tracker, output)
-        except ValueError as error:
-            raise self._error(index, str(error)) from None
-        entry = first_tensor(args, kwargs)
-        delta = self._delta(index, layer, tensor, view, args, kwargs)
-        refined = tensor if delta is None else tensor + view.like_block(view.scatter(delta)).to(tensor.dtype)
-        tag(view.grid, entry, refined)
-        if self._reports is not None:
-            self._reports[index] = self._report(index, tensor, refined, view)
-        return None if delta is None else put_tensor(output, tensor, refined)
-
-    def _delta(
-        self,
-        index: int,
-        layer: CalibLayer | ReinCalib,
-        tensor: Tensor,
-        view: PatchView,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor | None:
-        """What a layer adds to a block's patches."""
-        entry = first_tensor(args, kwargs)
-        if entry is not None:
-            keep_read(layer, entry)
-        record = self.adapter.record(index)
-        if record is not None:
-            record |= {"grid": view.grid, "batch": len(view.patches)}
-        patches = view.patches.to(next(layer.parameters()).dtype)
-        mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
-        if mask is None:
-            return layer.delta(patches, view.grid, record)
-        if record is not None:
-            record.pop("scene", None)  # it has padding in it
-        return _padded_delta(layer, patches, mask[:, view.leading :])
-
-    def _report(self, index: int, tensor: Tensor, refined: Tensor, view: PatchView) -> BlockReport:
-        changed = self._entries.get(index, False) or not torch.equal(tensor, refined)
-        num_patches = view.patches.shape[1]
-        name = self.block_names[index]
-        return BlockReport(name, tuple(tensor.shape), view.grid, num_patches, view.leading, view.trailing, changed)
-
-    def _error(self, index: int, problem: str) -> CalibrationError:
-        return CalibrationError(
-            f"Block {self.block_names[index]!r} of {type(self.backbone).__name__}: {problem}. "
-            "Leave the block out with MGFCConfig(layers=...) or name other blocks with wrap_backbone(..., blocks=...)."
-        )
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -458,16 +310,19 @@ class Calibration(nn.Module):
         """
         model = self.backbone if model is None else model
         modes = {module: module.training for module in model.modules()}
-        self._reports, self._entries = {}, {}
+        for hooks in self.blocks:
+            hooks.watch(True)
         try:
             model.eval()
             model(*args, **kwargs)
-            reports = self._reports
+            called = {hooks.index: hooks.report for hooks in self.blocks if hooks.report is not None}
+            adapted = {hooks.index for hooks in self.blocks if hooks.adapted is not None}
         finally:
-            self._reports = None
+            for hooks in self.blocks:
+                hooks.watch(False)
             for module, mode in modes.items():
                 module.training = mode
-        missing = [self.block_names[int(key)] for key in self.layers if int(key) not in reports]
+        missing = [self.block_names[int(key)] for key in self.layers if int(key) not in called]
         if missing:
             raise CalibrationError(
                 f"{type(model).__name__}: expected every calibrated block to be called, found that these were not: "
@@ -475,14 +330,14 @@ class Calibration(nn.Module):
                 "effect. Leave them out with MGFCConfig(layers=...), or call the blocks."
             )
         inside = [int(key) for key, layer in self.layers.items() if isinstance(layer, CalibLayer)]
-        missing = [self.block_names[index] for index in inside if index not in self._entries]
+        missing = [self.block_names[index] for index in inside if index not in adapted]
         if missing:
             raise CalibrationError(
                 f"{type(model).__name__}: expected the first linear map of every block's feed-forward network to be called, "
                 f"found that these blocks use its weight in another way: {', '.join(missing)}. Their bottlenecks have no "
                 "effect. Leave them out with MGFCConfig(layers=...)."
             )
-        return [reports[index] for index in sorted(reports)]
+        return list(called.values())
 
     def summary(self) -> str:
         """A table of trainable parameters per block and granularity, their share of the backbone, and batches seen."""
@@ -523,15 +378,3 @@ def _follow(adapter: Adapter, root: nn.Module) -> None:
         place = (reference.device, torch.promote_types(reference.dtype, torch.float32))
         if any((p.device, p.dtype) != place for p in adapter.parameters()):
             adapter.to(*place)
-
-
-def _padded_delta(layer: CalibLayer | ReinCalib, patches: Tensor, valid: Tensor) -> Tensor | None:
-    """What the layer adds to each image's real patches alone; padding stays as it is."""
-    delta = torch.zeros_like(patches)
-    with as_one_batch(layer):
-        for index in range(len(patches)):
-            real = layer.delta(patches[index : index + 1, valid[index]], None)
-            if real is None:
-                return None
-            delta[index, valid[index]] = real[0].to(delta.dtype)
-    return delta

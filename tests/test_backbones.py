@@ -136,7 +136,7 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
 def test_masked_mask_units_have_no_grid() -> None:
     for name in ("timm-Hiera", "transformers-HieraModel"):
         tower = find_tower(build(name))
-        order = wrap_backbone(tower.root, MGFCConfig(rank=4)).calibration._orders[0]
+        order = wrap_backbone(tower.root, MGFCConfig(rank=4)).calibration.blocks[0].order
         assert isinstance(order, MaskUnitOrder)
         tokens = torch.randn(1, 8, 16)
         found = order.view(tokens, None)

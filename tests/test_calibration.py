@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointError
 from zoo import CASES
 
-import mgfc.calibration
+import mgfc.blocks
 from mgfc import (
     Calibration,
     CalibrationError,
@@ -231,7 +231,7 @@ def test_lora_inside_stays_trainable() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", **SIZES)
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"], r=2), vit)
     wrap_backbone(vit, MGFCConfig(rank=8))
-    assert [w.dim for w in vit.calibration.widths] == [32, 32, 32]
+    assert [hooks.widths.dim for hooks in vit.calibration.blocks] == [32, 32, 32]
     trainable = {name for name, p in vit.named_parameters() if p.requires_grad and "calibration" not in name}
     assert len(trainable) == 6
     assert all("lora_" in name for name in trainable)
@@ -261,7 +261,7 @@ def test_checkpointing_of_transposed_crops() -> None:
 
 
 def test_without_tags_a_recomputation_takes_the_wrong_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mgfc.calibration, "tag", lambda *args: None)
+    monkeypatch.setattr(mgfc.blocks, "tag", lambda *args: None)
     with pytest.raises(CheckpointError, match="different metadata"):
         two_crops(make(LOSSES), checkpointing=True)
 
@@ -407,10 +407,11 @@ def test_dropped_patches_have_no_grid() -> None:
     model = make(patch_drop_rate=0.5, dynamic_img_size=False).train()
     calibration: Calibration = model.calibration
     assert [report.grid for report in calibration.check(torch.randn(1, 3, 32, 32))] == [(4, 4)] * 3
-    calibration._reports = {}
+    for hooks in calibration.blocks:
+        hooks.watch(True)
     model(torch.randn(1, 3, 32, 32))
-    reports = calibration._reports
-    assert [(r.grid, r.num_patches, r.leading, r.changed) for r in reports.values()] == [(None, 8, 1, True)] * 3
+    reports = [hooks.report for hooks in calibration.blocks]
+    assert [(r.grid, r.num_patches, r.leading, r.changed) for r in reports] == [(None, 8, 1, True)] * 3
     assert "no grid, fine stage skipped" in str(reports[0])
 
 
@@ -460,7 +461,7 @@ def test_check_names_blocks_that_a_host_bypasses() -> None:
     host = Bypassing()
     with pytest.raises(CalibrationError, match=r"Bypassing: .* were not: blocks\.1, blocks\.2"):
         host.vit.calibration.check(torch.randn(1, 3, 32, 48), model=host)
-    assert host.vit.calibration._reports is None
+    assert not any(hooks.watched for hooks in host.vit.calibration.blocks)
 
 
 def test_summary_counts_every_parameter() -> None:
@@ -512,7 +513,8 @@ def test_detached_calibration_says_so() -> None:
     unwrap_backbone(model)
     with pytest.raises(CalibrationError, match="not attached to a backbone"):
         calibration.check(torch.randn(1, 3, 32, 48))
-    assert Adapter(MGFCConfig(rank=8), calibration.widths).num_parameters == calibration.num_parameters
+    widths = [hooks.widths for hooks in calibration.blocks]
+    assert Adapter(MGFCConfig(rank=8), widths).num_parameters == calibration.num_parameters
 
 
 def test_stage_outside_the_calibrated_blocks() -> None:

@@ -123,7 +123,7 @@ def test_blocks_and_grid(case: Case) -> None:
     randomise(calibration)
     prefix = next(name for name, module in model.named_modules() if module is calibration.backbone)
     assert tuple(".".join(filter(None, (prefix, name))) for name in calibration.block_names) == case.blocks
-    assert tuple(w.dim for w in calibration.widths) == case.dims
+    assert tuple(hooks.widths.dim for hooks in calibration.blocks) == case.dims
     kwargs = case.kwargs(images) if callable(case.kwargs) else dict(case.kwargs or {})
     if case.library == "timm":
         reports = calibration.check(kwargs.get("images", images), model=model)
@@ -148,8 +148,8 @@ def test_patches_are_in_their_places(case: Case) -> None:
         def keep(index: int) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 tensor = pick_tensor(output)
-                order, dim = calibration._orders[index], calibration.widths[index].dim
-                view = view_patches(tensor, dim, order, calibration._tracker, output)
+                hooks = calibration.blocks[index]
+                view = view_patches(tensor, hooks.widths.dim, hooks.order, hooks.tracker, output)
                 seen[index] = view.patches
                 back = view.like_block(view.scatter(view.patches))
                 assert torch.equal(torch.where(back == 0, tensor, back), tensor)
@@ -282,7 +282,7 @@ def test_tier_3_works_or_says_why(case: Case) -> None:
     wrap_backbone(model, CONFIG)
     calibration = get_calibration(model)
     randomise(calibration)
-    assert tuple(w.dim for w in calibration.widths) == case.dims
+    assert tuple(hooks.widths.dim for hooks in calibration.blocks) == case.dims
     with torch.no_grad():
         refined = tokens_of(case, model, images)
         with calibration.disabled():

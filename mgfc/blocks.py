@@ -1,0 +1,199 @@
+"""What happens to the tokens of one block when a host calls it: three hooks that run the active adapter's layer."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mgfc.backbones.description import BlockWidths, entry_maps, entry_size
+from mgfc.backbones.grid import Grid, GridTracker, first_tensor, tag
+from mgfc.backbones.layout import Order, PatchView, channels_last, extra_tokens, padding, pick_tensor, put_tensor, view_patches
+from mgfc.calibrators import CalibLayer, ReinCalib
+from mgfc.calibrators.running import as_one_batch, keep_read
+from mgfc.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from mgfc.calibration import Calibration
+
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What one calibrated block saw in a forward.
+
+    Args:
+        name: the block's name in the backbone.
+        shape: of the block's tensor.
+        grid: (h, w) of its patches, or None where it has none.
+        num_patches: patches refined in each image.
+        leading: extra tokens before the patches, passed through.
+        trailing: extra tokens after them, passed through.
+        changed: whether refinement changed anything; False in a fresh calibration.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    grid: Grid | None
+    num_patches: int
+    leading: int
+    trailing: int
+    changed: bool
+
+    def __str__(self) -> str:
+        grid = "no grid, fine stage skipped" if self.grid is None else f"grid {self.grid[0]} x {self.grid[1]}"
+        extra = f"{self.leading} leading and {self.trailing} trailing tokens passed through"
+        return f"{self.name}: {self.num_patches} patches, {grid}, {extra}, {'refined' if self.changed else 'unchanged'}"
+
+
+class BlockHooks:
+    """The hooks of one block.
+
+    Args:
+        calibration: whose active adapter is run.
+        index: of the block in the backbone.
+        widths: of the block.
+        order: how sequences of the block are ordered.
+        tracker: of the backbone's grids.
+
+    Attributes:
+        watched: whether forwards leave the next two.
+        report: on the last forward.
+        adapted: whether the bottleneck changed anything in it; None if it was not run.
+    """
+
+    def __init__(self, calibration: Calibration, index: int, widths: BlockWidths, order: Order, tracker: GridTracker) -> None:
+        self.calibration = calibration
+        self.index = index
+        self.widths = widths
+        self.order = order
+        self.tracker = tracker
+        self.watched = False
+        self.report: BlockReport | None = None
+        self.adapted: bool | None = None
+
+    @property
+    def name(self) -> str:
+        """The block's name in the backbone."""
+        return self.calibration.block_names[self.index]
+
+    @property
+    def layer(self) -> CalibLayer | ReinCalib | None:
+        """What the active adapter has for the block."""
+        layers, key = self.calibration.layers, str(self.index)
+        return cast("CalibLayer | ReinCalib", layers[key]) if self.calibration.enabled and key in layers else None
+
+    def attach(self, block: nn.Module) -> list[Any]:
+        """Registers the hooks and returns the removable handles."""
+        handles: list[Any] = [
+            block.register_forward_pre_hook(self._enter, with_kwargs=True),
+            # Transformers captures feature maps by hooks of its own: ours has to run before them.
+            block.register_forward_hook(self._leave, prepend=True, with_kwargs=True),
+        ]
+        start = 0
+        for module in entry_maps(block):
+            stop = start + entry_size(module)[1]
+            adapt = functools.partial(self._adapt, start, stop)
+            handles.append(module.register_forward_hook(adapt, prepend=True, with_kwargs=True))
+            start = stop
+        return handles
+
+    def watch(self, watched: bool) -> None:
+        """Starts or stops leaving reports."""
+        self.watched, self.report, self.adapted = watched, None, None
+
+    def _enter(self, block: nn.Module, args: Arguments, kwargs: Keywords) -> None:
+        """Before the block."""
+        self.tracker.enter(args, kwargs)
+        self.calibration.adapter.start_record(self.index)
+        entry, checkpointing = first_tensor(args, kwargs), block.training and getattr(block, "gradient_checkpointing", False)
+        if entry is not None and checkpointing and torch.is_grad_enabled() and self.layer is not None:
+            # Transformers checkpoints what is inside the block; PyTorch's reentrant form gives gradients to nothing in
+            # there unless an input asks for some, and those of a frozen backbone do not.
+            entry.requires_grad_()
+
+    def _adapt(
+        self, start: int, stop: int, module: nn.Module, args: Arguments, kwargs: Keywords, output: Tensor
+    ) -> Tensor | None:
+        """After a map that the feed-forward network begins with, whose channels are those from `start` to `stop`."""
+        layer, tensor = self.layer, first_tensor(args, kwargs)
+        if not isinstance(layer, CalibLayer) or tensor is None:
+            return None
+        try:
+            tokens, channels_first = channels_last(tensor, self.widths.entry)
+        except ValueError as error:
+            raise self._error(f"feed-forward network: {error}") from None
+        # In the block's own order: a recomputation of the block alone does not know the grid of its own forward.
+        leading, trailing = extra_tokens(tokens, self.order, self.tracker)
+        z = layer.bottleneck(tokens[:, leading : tokens.shape[1] - trailing].to(layer.down.weight.dtype))
+        record = self.calibration.adapter.record(self.index)
+        if record is not None:
+            record["scene"] = z.flatten(1, -2).mean(dim=1)
+        if leading or trailing:
+            z = F.pad(z, (0, 0, leading, trailing))
+        delta = F.linear(z, layer.up.weight[start:stop])
+        adapted = output + (delta.permute(0, 3, 1, 2) if channels_first else delta).to(output.dtype)
+        if self.watched:
+            self.adapted = not torch.equal(adapted, output)
+        return adapted
+
+    def _leave(self, block: nn.Module, args: Arguments, kwargs: Keywords, output: Any) -> Any:
+        """After the block."""
+        layer = self.layer
+        if layer is None:
+            return None
+        tensor = pick_tensor(output)
+        if tensor is None:
+            raise self._error(f"expected tokens from the block, found {type(output).__name__}")
+        try:
+            view = view_patches(tensor, self.widths.dim, self.order, self.tracker, output)
+        except ValueError as error:
+            raise self._error(str(error)) from None
+        entry = first_tensor(args, kwargs)
+        if entry is not None:
+            keep_read(layer, entry)
+        mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
+        delta = self._delta(layer, view, mask)
+        refined = tensor if delta is None else tensor + view.like_block(view.scatter(delta)).to(tensor.dtype)
+        tag(view.grid, entry, refined)
+        if self.watched:
+            changed = bool(self.adapted) or not torch.equal(tensor, refined)
+            places = view.grid, view.patches.shape[1], view.leading, view.trailing
+            self.report = BlockReport(self.name, tuple(tensor.shape), *places, changed)
+        return None if delta is None else put_tensor(output, tensor, refined)
+
+    def _delta(self, layer: CalibLayer | ReinCalib, view: PatchView, mask: Tensor | None) -> Tensor | None:
+        """What the layer adds to the patches that leave the block; `mask` tells real tokens from padding."""
+        record = self.calibration.adapter.record(self.index)
+        if record is not None:
+            record |= {"grid": view.grid, "batch": len(view.patches)}
+        patches = view.patches.to(next(layer.parameters()).dtype)
+        if mask is None:
+            return layer.delta(patches, view.grid, record)
+        if record is not None:
+            record.pop("scene", None)  # it has padding in it
+        return _padded_delta(layer, patches, mask[:, view.leading :])
+
+    def _error(self, problem: str) -> CalibrationError:
+        return CalibrationError(
+            f"Block {self.name!r} of {type(self.calibration.backbone).__name__}: {problem}. "
+            "Leave the block out with MGFCConfig(layers=...) or name other blocks with wrap_backbone(..., blocks=...)."
+        )
+
+
+def _padded_delta(layer: CalibLayer | ReinCalib, patches: Tensor, valid: Tensor) -> Tensor | None:
+    """What the layer adds to each image's real patches alone; padding stays as it is."""
+    delta = torch.zeros_like(patches)
+    with as_one_batch(layer):
+        for index in range(len(patches)):
+            real = layer.delta(patches[index : index + 1, valid[index]], None)
+            if real is None:
+                return None
+            delta[index, valid[index]] = real[0].to(delta.dtype)
+    return delta
