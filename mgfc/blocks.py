@@ -14,7 +14,7 @@ from mgfc.backbones.description import BlockWidths, entry_maps, entry_size
 from mgfc.backbones.grid import Grid, GridTracker, first_tensor, tag
 from mgfc.backbones.layout import Order, PatchView, channels_last, extra_tokens, padding, pick_tensor, put_tensor, view_patches
 from mgfc.calibrators import CalibLayer, ReinCalib
-from mgfc.calibrators.running import as_one_batch, keep_read
+from mgfc.calibrators.running import as_one_batch, is_recomputing, keep_read
 from mgfc.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class BlockHooks:
         self.watched = False
         self.report: BlockReport | None = None
         self.adapted: bool | None = None
+        self._extras: dict[int, tuple[int, int]] = {}
 
     @property
     def name(self) -> str:
@@ -129,8 +130,7 @@ class BlockHooks:
             tokens, channels_first = channels_last(tensor, self.widths.entry)
         except ValueError as error:
             raise self._error(f"feed-forward network: {error}") from None
-        # In the block's own order: a recomputation of the block alone does not know the grid of its own forward.
-        leading, trailing = extra_tokens(tokens, self.order, self.tracker)
+        leading, trailing = self._extra(tokens)
         z = layer.bottleneck(tokens[:, leading : tokens.shape[1] - trailing].to(layer.down.weight.dtype))
         record = self.calibration.adapter.record(self.index)
         if record is not None:
@@ -142,6 +142,19 @@ class BlockHooks:
         if self.watched:
             self.adapted = not torch.equal(adapted, output)
         return adapted
+
+    def _extra(self, tokens: Tensor) -> tuple[int, int]:
+        """How many extra tokens lead and trail; the patches between them keep the block's own order.
+
+        A recomputation of the block's inside does not know the grid of its own forward, but how many tokens there are.
+        """
+        count = tokens.shape[1]
+        if is_recomputing() and count in self._extras:
+            return self._extras[count]
+        found = extra_tokens(tokens, self.order, self.tracker)
+        if not torch.compiler.is_compiling():
+            self._extras[count] = found
+        return found
 
     def _leave(self, block: nn.Module, args: Arguments, kwargs: Keywords, output: Any) -> Any:
         """After the block."""

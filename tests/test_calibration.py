@@ -199,6 +199,26 @@ def test_losses_without_grid() -> None:
     sum(terms.values()).backward()
 
 
+def test_checkpointing_of_sizes_whose_extra_tokens_could_be_mistaken() -> None:
+    """24 patches with 5 extra tokens, and 25 with as many: 29 tokens may also look like 25 patches with 4."""
+    case = next(case for case in CASES if case.name == "transformers-Dinov2WithRegistersModel")
+    grads = []
+    for checkpointing in (False, True):
+        model = wrap_backbone(case.build(), MGFCConfig(rank=4))
+        torch.manual_seed(0)
+        randomise(model.calibration)
+        settle(model.calibration)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        patch = model.config.patch_size
+        outputs = [model(case.images(size=(h * patch, w * patch))).last_hidden_state for h, w in ((4, 6), (5, 5))]
+        sum(output.square().mean() for output in outputs).backward()
+        grads.append({name: p.grad for name, p in model.calibration.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
 # Frozen backbone
 
 
