@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for block in vit.blocks:  # the calibrators belong to the root
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
     draw = torch.Generator().manual_seed(dist.get_rank())  # other images in each process
     for step in range(args.steps):
