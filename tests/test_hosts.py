@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import Dinov2Config, Dinov2Model, Trainer, TrainingArguments
 from zoo import CASES
 
 from mgfc import FeatureMaps, MGFCConfig, SegmentationHead, get_calibration, wrap_backbone
@@ -141,3 +142,51 @@ def test_lightning(tmp_path: Any) -> None:
     twin.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
     images = torch.randn(1, 3, 32, 48)
     assert same(twin.eval().vit(images), module.eval().vit(images))
+
+
+class TrainerSegmenter(nn.Module):
+    """What `Trainer` expects: a loss in the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = Dinov2Config(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=3, num_attention_heads=2)
+        self.maps = FeatureMaps(wrap_backbone(Dinov2Model(config), MGFCConfig(rank=4)), out_indices=(1, 2))
+        self.head = SegmentationHead(self.maps.channels, 5)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.maps(pixel_values))
+        logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear")
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_transformers_trainer_resumes_where_it_was(tmp_path: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        {
+            "pixel_values": torch.randn(3, 32, 48, generator=generator),
+            "labels": torch.randint(5, (32, 48), generator=generator),
+        }
+        for _ in range(8)
+    ]
+
+    def train(resume: str | None = None) -> dict[str, Tensor]:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=4,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        model = TrainerSegmenter()
+        Trainer(model=model, args=arguments, train_dataset=items).train(resume_from_checkpoint=resume)
+        assert get_calibration(model).num_batches == 4
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    through = train()
+    resumed = train(str(tmp_path / "checkpoint-2"))
+    assert any(value.any() for name, value in through.items() if name.endswith("up.weight"))
+    assert all(torch.equal(value, through[name]) for name, value in resumed.items())
