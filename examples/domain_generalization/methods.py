@@ -84,8 +84,8 @@ def mgfc(vit: nn.Module, **config: Any) -> None:
 
 
 def mgfc_lora(vit: nn.Module, **config: Any) -> None:
-    """Mgfc's default calibrators, and LoRA on every linear layer of the blocks beside them."""
-    lora_all(vit)
+    """Mgfc's default calibrators, and LoRA on queries, keys and values beside them."""
+    lora_attention(vit)
     mgfc(vit, **config)
 
 

@@ -24,7 +24,7 @@ TITLES = {
     "haar": "Haar-frequency tokens (FADA's idea)",
     "soma": "SoMA",
     "mgfc": "**mgfc**",
-    "mgfc_lora": "mgfc, with LoRA on all linear layers",
+    "mgfc_lora": "mgfc, with LoRA on attention",
 }
 COLUMNS = ("in-domain", "clean", "corrupted", "unseen")
 Groups = Mapping[str, Sequence[Record]]
