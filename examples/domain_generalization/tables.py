@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 from domain_generalization import report
 from domain_generalization.domains import SOURCES
@@ -62,8 +62,8 @@ def paired(ours: Sequence[Record], theirs: Sequence[Record], of: str = "unseen")
 
 
 def cost(runs: Sequence[Record]) -> list[str]:
-    """Trained parameters, seconds a step, peak memory."""
-    seconds, peak = (mean(run[key] for run in runs) for key in ("seconds_per_step", "peak_memory_mib"))
+    """Trained parameters, and the median seconds a step and peak memory: runs share a machine with others."""
+    seconds, peak = (median(run[key] for run in runs) for key in ("seconds_per_step", "peak_memory_mib"))
     return [f"{runs[0]['parameters']:,}", f"{seconds:.2f}", f"{peak:.0f}"]
 
 
