@@ -137,7 +137,7 @@ class BlockHooks:
             record["scene"] = z.flatten(1, -2).mean(dim=1)
         if leading or trailing:
             z = F.pad(z, (0, 0, leading, trailing))
-        delta = layer.up(z)[..., start:stop]
+        delta: Tensor = layer.up(z)[..., start:stop]
         adapted = output + (delta.permute(0, 3, 1, 2) if channels_first else delta).to(output.dtype)
         if self.watched:
             self.adapted = not torch.equal(adapted, output)
