@@ -72,8 +72,8 @@ class Adapter(nn.Module):
         narrowest = min(widths[i].entry for i in indices)
         if config.rank > narrowest:
             raise ConfigError(
-                f"MGFCConfig.rank: expected at most {narrowest}, the width of the backbone's narrowest calibrated block, "
-                f"found {config.rank}. Choose a smaller rank."
+                f"MGFCConfig.rank: expected at most {narrowest}, the narrowest input of the calibrated blocks' feed-forward "
+                f"networks, found {config.rank}. Choose a smaller rank."
             )
         self.layers = nn.ModuleDict(_build_layers(config, indices, widths))
         num_classes, weights = config.num_classes or 0, config.loss_weights

@@ -10,9 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mgfc.backbones.description import BlockWidths, entry_maps, entry_size
+from mgfc.backbones.description import entry_maps, linear_size
 from mgfc.backbones.grid import Grid, GridTracker, first_tensor, tag
-from mgfc.backbones.layout import Order, PatchView, channels_last, extra_tokens, padding, pick_tensor, put_tensor, view_patches
+from mgfc.backbones.layout import (
+    Order,
+    PatchView,
+    channels_back,
+    channels_last,
+    extra_tokens,
+    padding,
+    pick_tensor,
+    put_tensor,
+    view_patches,
+)
 from mgfc.calibrators import CalibLayer, ReinCalib
 from mgfc.calibrators.running import as_one_batch, is_recomputing, keep_read
 from mgfc.errors import CalibrationError
@@ -58,7 +68,6 @@ class BlockHooks:
     Args:
         calibration: whose active adapter is run.
         index: of the block in the backbone.
-        widths: of the block.
         order: how sequences of the block are ordered.
         tracker: of the backbone's grids.
 
@@ -68,10 +77,9 @@ class BlockHooks:
         adapted: whether the bottleneck changed anything in it; None if it was not run.
     """
 
-    def __init__(self, calibration: Calibration, index: int, widths: BlockWidths, order: Order, tracker: GridTracker) -> None:
+    def __init__(self, calibration: Calibration, index: int, order: Order, tracker: GridTracker) -> None:
         self.calibration = calibration
         self.index = index
-        self.widths = widths
         self.order = order
         self.tracker = tracker
         self.watched = False
@@ -99,8 +107,8 @@ class BlockHooks:
         ]
         start = 0
         for module in entry_maps(block):
-            stop = start + entry_size(module)[1]
-            adapt = functools.partial(self._adapt, start, stop)
+            stop = start + linear_size(module)[1]
+            adapt = functools.partial(self._adapt, slice(start, stop))
             handles.append(module.register_forward_hook(adapt, prepend=True, with_kwargs=True))
             start = stop
         return handles
@@ -119,15 +127,13 @@ class BlockHooks:
             # there unless an input asks for some, and those of a frozen backbone do not.
             entry.requires_grad_()
 
-    def _adapt(
-        self, start: int, stop: int, module: nn.Module, args: Arguments, kwargs: Keywords, output: Tensor
-    ) -> Tensor | None:
-        """After a map that the feed-forward network begins with, whose channels are those from `start` to `stop`."""
+    def _adapt(self, channels: slice, module: nn.Module, args: Arguments, kwargs: Keywords, output: Tensor) -> Tensor | None:
+        """After a map that the feed-forward network begins with, which writes these of the layer's channels."""
         layer, tensor = self.layer, first_tensor(args, kwargs)
         if not isinstance(layer, CalibLayer) or tensor is None:
             return None
         try:
-            tokens, channels_first = channels_last(tensor, self.widths.entry)
+            tokens, moved = channels_last(tensor, layer.down.in_features)
         except ValueError as error:
             raise self._error(f"feed-forward network: {error}") from None
         leading, trailing = self._extra(tokens)
@@ -137,8 +143,8 @@ class BlockHooks:
             record["scene"] = z.flatten(1, -2).mean(dim=1)
         if leading or trailing:
             z = F.pad(z, (0, 0, leading, trailing))
-        delta: Tensor = layer.up(z)[..., start:stop]
-        adapted = output + (delta.permute(0, 3, 1, 2) if channels_first else delta).to(output.dtype)
+        delta = layer.widen(z, channels)
+        adapted = output + channels_back(delta, moved).to(output.dtype)
         if self.watched:
             self.adapted = not torch.equal(adapted, output)
         return adapted
@@ -165,7 +171,7 @@ class BlockHooks:
         if tensor is None:
             raise self._error(f"expected tokens from the block, found {type(output).__name__}")
         try:
-            view = view_patches(tensor, self.widths.dim, self.order, self.tracker, output)
+            view = view_patches(tensor, layer.dim, self.order, self.tracker, output)
         except ValueError as error:
             raise self._error(str(error)) from None
         entry = first_tensor(args, kwargs)
@@ -173,7 +179,7 @@ class BlockHooks:
             keep_read(layer, entry)
         mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
         delta = self._delta(layer, view, mask)
-        refined = tensor if delta is None else tensor + view.like_block(view.scatter(delta)).to(tensor.dtype)
+        refined = tensor if delta is None else tensor + view.scatter(delta).to(tensor.dtype)
         tag(view.grid, entry, refined)
         if self.watched:
             changed = bool(self.adapted) or not torch.equal(tensor, refined)

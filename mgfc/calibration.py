@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mgfc.adapter import GRANULARITIES, Adapter, Adapters, average
-from mgfc.backbones.description import block_widths, max_extra_tokens, token_orders
+from mgfc.backbones.description import max_extra_tokens, token_orders
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.tuners import tuner_parameters
@@ -48,8 +48,7 @@ class Calibration(nn.Module):
         self.active_adapter = ""
         self.enabled = True
         self._tracker = GridTracker(max_extra_tokens(tower))
-        places = enumerate(zip(block_widths(tower), token_orders(tower), strict=True))
-        self.blocks = [BlockHooks(self, index, *place, self._tracker) for index, place in places]
+        self.blocks = [BlockHooks(self, index, order, self._tracker) for index, order in enumerate(token_orders(tower))]
         self._handles: list[Any] = []
         self._frozen_names: tuple[str, ...] = ()
         self._frozen_norms: list[nn.Module] = []
@@ -322,22 +321,29 @@ class Calibration(nn.Module):
                 hooks.watch(False)
             for module, mode in modes.items():
                 module.training = mode
-        missing = [self.block_names[int(key)] for key in self.layers if int(key) not in called]
-        if missing:
-            raise CalibrationError(
-                f"{type(model).__name__}: expected every calibrated block to be called, found that these were not: "
-                f"{', '.join(missing)}. The model skips them or runs their parts itself, so that their calibrators have no "
-                "effect. Leave them out with MGFCConfig(layers=...), or call the blocks."
-            )
-        inside = [int(key) for key, layer in self.layers.items() if isinstance(layer, CalibLayer)]
-        missing = [self.block_names[index] for index in inside if index not in adapted]
-        if missing:
-            raise CalibrationError(
-                f"{type(model).__name__}: expected the first linear map of every block's feed-forward network to be called, "
-                f"found that these blocks use its weight in another way: {', '.join(missing)}. Their bottlenecks have no "
-                "effect. Leave them out with MGFCConfig(layers=...)."
-            )
+        self._require(
+            model,
+            called,
+            [int(key) for key in self.layers],
+            "every calibrated block to be called",
+            "The model skips them or runs their parts itself, so that their calibrators have no effect.",
+        )
+        self._require(
+            model,
+            adapted,
+            [int(key) for key, layer in self.layers.items() if isinstance(layer, CalibLayer)],
+            "the first linear map of every block's feed-forward network to be called",
+            "They use its weight in another way, so that their bottlenecks have no effect.",
+        )
         return list(called.values())
+
+    def _require(self, model: nn.Module, reached: Container[int], blocks: Sequence[int], expected: str, reason: str) -> None:
+        missing = [self.block_names[index] for index in blocks if index not in reached]
+        if missing:
+            raise CalibrationError(
+                f"{type(model).__name__}: expected {expected}, found that these blocks were passed by: {', '.join(missing)}. "
+                f"{reason} Leave them out with MGFCConfig(layers=...), or call them."
+            )
 
     def summary(self) -> str:
         """A table of trainable parameters per block and granularity, their share of the backbone, and batches seen."""

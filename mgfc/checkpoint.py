@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import mgfc
 from mgfc import peft
 from mgfc.adapter import Adapter
-from mgfc.backbones.description import block_widths, describe
+from mgfc.backbones.description import BlockWidths, block_widths, describe
 from mgfc.backbones.detection import Tower
 from mgfc.config import AdapterConfig, MGFCConfig, method_of
 from mgfc.config import read_config as read_calibration
@@ -300,10 +300,14 @@ def build(
         AdapterNotFoundError, AdapterFileError, AdapterMismatchError: as in `load`.
     """
     if adapter is None or isinstance(adapter, AdapterConfig):
-        return Adapter(adapter or MGFCConfig(), block_widths(tower)), None
+        return Adapter(adapter or MGFCConfig(), _widths(tower)), None
     if isinstance(adapter, (str, os.PathLike)):
         return load(tower, adapter, **hub_options)
     raise ConfigError(f"adapter: expected an MGFCConfig, a directory or a Hub id, found {type(adapter).__name__}.")
+
+
+def _widths(tower: Tower) -> list[BlockWidths]:
+    return [block_widths(block) for block in tower.modules()]
 
 
 def load(tower: Tower, source: str | os.PathLike[str], **hub_options: Any) -> tuple[Adapter, peft.Tuner | None]:
@@ -331,7 +335,7 @@ def load(tower: Tower, source: str | os.PathLike[str], **hub_options: Any) -> tu
     tensors = read_tensors(find(WEIGHTS))
     try:
         with torch.device("meta"):
-            adapter = Adapter(config, block_widths(tower))
+            adapter = Adapter(config, _widths(tower))
     except ConfigError as error:
         raise AdapterMismatchError(f"{os.fspath(source)} does not fit this {found['architecture']}. {error}") from None
     _load_strictly(adapter, tensors, os.fspath(source))

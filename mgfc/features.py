@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mgfc.backbones.description import block_width, max_extra_tokens, token_orders
+from mgfc.backbones.description import block_widths, max_extra_tokens, token_orders
 from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.layout import pick_tensor, view_patches
@@ -64,7 +64,7 @@ class FeatureMaps(nn.Module):
         self.out_indices = tuple(index % depth for index in out_indices)
         self.scales = None if scales is None else tuple(scales)
         modules = tower.modules()
-        self.channels = [block_width(modules[index]) for index in self.out_indices]
+        self.channels = [block_widths(modules[index]).dim for index in self.out_indices]
         self._orders = token_orders(tower)
         self._tracker = GridTracker(max_extra_tokens(tower))
         self._maps: dict[int, Tensor] | None = None

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from zoo import CASES
 
 from mgfc import MGFCConfig, UnsupportedBackboneError, wrap_backbone
-from mgfc.backbones.description import block_width, block_widths, describe, entry_maps, fingerprint, patch_size
+from mgfc.backbones.description import block_widths, describe, entry_maps, fingerprint, patch_size
 from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, tag
 from mgfc.backbones.layout import (
     MaskUnitOrder,
     RasterOrder,
     WindowOrder,
+    channels_back,
     channels_last,
     extra_tokens,
     padding,
@@ -112,7 +113,7 @@ def test_views_scatter_back(shape: tuple[int, ...], dim: int, grid: Any, leading
     found = view(tensor, dim, ((4, 6),))
     assert (found.grid, found.leading, found.trailing) == (grid, leading, trailing)
     assert found.patches.shape == (2, grid[0] * grid[1], dim)
-    back = found.like_block(found.scatter(found.patches))
+    back = found.scatter(found.patches)
     end = tensor.shape[1] - trailing
     if len(shape) == 3:
         assert torch.equal(back[:, leading:end], tensor[:, leading:end])
@@ -242,7 +243,7 @@ def test_where_a_feed_forward_network_begins(name: str, entry: list[str], hidden
     block = tower.modules()[0]
     maps = entry_maps(block)
     assert [part for part, module in block.named_modules() if any(module is found for found in maps)] == entry
-    widths = block_widths(tower)[0]
+    widths = block_widths(block)
     assert widths.hidden == hidden == sum(module.out_features for module in maps)
     assert widths.entry == maps[0].in_features
 
@@ -258,12 +259,14 @@ def test_extra_tokens_around_the_patches() -> None:
 
 @pytest.mark.parametrize(("shape", "moved"), [((2, 12, 8), False), ((2, 3, 4, 8), False), ((2, 8, 3, 4), True)], ids=str)
 def test_channels_last(shape: tuple[int, ...], moved: bool) -> None:
-    tokens, was_moved = channels_last(torch.zeros(shape), 8)
+    tensor = torch.randn(shape)
+    tokens, was_moved = channels_last(tensor, 8)
     assert tokens.shape[-1] == 8 and was_moved == moved
+    assert torch.equal(channels_back(tokens, was_moved), tensor)
     with pytest.raises(ValueError, match=r"expected \(B, N, 7\).*found"):
         channels_last(torch.zeros(shape), 7)
 
 
 def test_block_without_linear_maps() -> None:
     with pytest.raises(UnsupportedBackboneError, match="expected a block with linear maps"):
-        block_width(nn.ReLU())
+        block_widths(nn.ReLU())

@@ -29,6 +29,7 @@ from mgfc import (
     wrap_backbone,
 )
 from mgfc.adapter import Adapter
+from mgfc.backbones.description import block_widths
 
 
 def weighted(scale: float) -> MGFCConfig:
@@ -251,7 +252,7 @@ def test_lora_inside_stays_trainable() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", **SIZES)
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"], r=2), vit)
     wrap_backbone(vit, MGFCConfig(rank=8))
-    assert [hooks.widths.dim for hooks in vit.calibration.blocks] == [32, 32, 32]
+    assert [layer.dim for layer in vit.calibration.layers.values()] == [32, 32, 32]
     trainable = {name for name, p in vit.named_parameters() if p.requires_grad and "calibration" not in name}
     assert len(trainable) == 6
     assert all("lora_" in name for name in trainable)
@@ -479,7 +480,7 @@ def test_check_names_blocks_that_a_host_bypasses() -> None:
             return tokens
 
     host = Bypassing()
-    with pytest.raises(CalibrationError, match=r"Bypassing: .* were not: blocks\.1, blocks\.2"):
+    with pytest.raises(CalibrationError, match=r"Bypassing: .* passed by: blocks\.1, blocks\.2"):
         host.vit.calibration.check(torch.randn(1, 3, 32, 48), model=host)
     assert not any(hooks.watched for hooks in host.vit.calibration.blocks)
 
@@ -533,7 +534,7 @@ def test_detached_calibration_says_so() -> None:
     unwrap_backbone(model)
     with pytest.raises(CalibrationError, match="not attached to a backbone"):
         calibration.check(torch.randn(1, 3, 32, 48))
-    widths = [hooks.widths for hooks in calibration.blocks]
+    widths = [block_widths(block) for block in model.blocks]
     assert Adapter(MGFCConfig(rank=8), widths).num_parameters == calibration.num_parameters
 
 

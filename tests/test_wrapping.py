@@ -123,7 +123,7 @@ def test_blocks_and_grid(case: Case) -> None:
     randomise(calibration)
     prefix = next(name for name, module in model.named_modules() if module is calibration.backbone)
     assert tuple(".".join(filter(None, (prefix, name))) for name in calibration.block_names) == case.blocks
-    assert tuple(hooks.widths.dim for hooks in calibration.blocks) == case.dims
+    assert tuple(layer.dim for layer in calibration.layers.values()) == case.dims
     kwargs = case.kwargs(images) if callable(case.kwargs) else dict(case.kwargs or {})
     if case.library == "timm":
         reports = calibration.check(kwargs.get("images", images), model=model)
@@ -149,9 +149,9 @@ def test_patches_are_in_their_places(case: Case) -> None:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 tensor = pick_tensor(output)
                 hooks = calibration.blocks[index]
-                view = view_patches(tensor, hooks.widths.dim, hooks.order, hooks.tracker, output)
+                view = view_patches(tensor, calibration.layers[str(index)].dim, hooks.order, hooks.tracker, output)
                 seen[index] = view.patches
-                back = view.like_block(view.scatter(view.patches))
+                back = view.scatter(view.patches)
                 assert torch.equal(torch.where(back == 0, tensor, back), tensor)
                 assert (back != 0).sum() == (view.patches != 0).sum()
 
@@ -282,7 +282,7 @@ def test_tier_3_works_or_says_why(case: Case) -> None:
     wrap_backbone(model, CONFIG)
     calibration = get_calibration(model)
     randomise(calibration)
-    assert tuple(hooks.widths.dim for hooks in calibration.blocks) == case.dims
+    assert tuple(layer.dim for layer in calibration.layers.values()) == case.dims
     with torch.no_grad():
         refined = tokens_of(case, model, images)
         with calibration.disabled():

@@ -49,25 +49,23 @@ def output_linear(block: nn.Module) -> nn.Module:
     return _feed_forward_maps(block)[-1][1]
 
 
-def block_width(block: nn.Module) -> int:
-    """Channels of a block's output tokens."""
-    maps = _feed_forward_maps(block)
-    if any("expert" in name for name, _ in maps):
-        # The experts of a mixture write a part of the channels each, but read all of them.
-        return _size(maps[0][1], "in_features", "in_channels")
-    return _size(maps[-1][1], "out_features", "out_channels")
-
-
 def entry_maps(block: nn.Module) -> list[nn.Module]:
     """The linear maps that read what a block's feed-forward network is given: one, or a gate's and a value's."""
-    first, *others = [module for _, module in _feed_forward_maps(block)]
-    size = entry_size(first)
-    return [first, *takewhile(lambda module: entry_size(module) == size, others[:-1])]
+    return _entries([module for _, module in _feed_forward_maps(block)])
 
 
-def entry_size(module: nn.Module) -> tuple[int, int]:
-    """Channels that a linear map reads and writes."""
-    return _size(module, "in_features", "in_channels"), _size(module, "out_features", "out_channels")
+def _entries(maps: list[nn.Module]) -> list[nn.Module]:
+    first, *others = maps
+    size = linear_size(first)
+    return [first, *takewhile(lambda module: linear_size(module) == size, others[:-1])]
+
+
+def linear_size(module: nn.Module) -> tuple[int, int]:
+    """Channels that a linear map or a convolution reads and writes."""
+    linear: Any = module
+    if hasattr(module, "in_features"):
+        return int(linear.in_features), int(linear.out_features)
+    return int(linear.in_channels), int(linear.out_channels)
 
 
 class BlockWidths(NamedTuple):
@@ -84,17 +82,18 @@ class BlockWidths(NamedTuple):
     hidden: int
 
 
-def block_widths(tower: Tower) -> list[BlockWidths]:
-    """The widths of each block of a tower."""
-    widths = []
-    for block in tower.modules():
-        sizes = [entry_size(module) for module in entry_maps(block)]
-        widths.append(BlockWidths(block_width(block), sizes[0][0], sum(hidden for _, hidden in sizes)))
-    return widths
+def block_widths(block: nn.Module) -> BlockWidths:
+    """The widths of a block.
 
-
-def _size(module: nn.Module, *names: str) -> int:
-    return next(int(getattr(module, name)) for name in names if hasattr(module, name))
+    Raises:
+        UnsupportedBackboneError: if it holds no linear map.
+    """
+    names, maps = zip(*_feed_forward_maps(block), strict=True)
+    sizes = [linear_size(module) for module in _entries(list(maps))]
+    entry = sizes[0][0]
+    # The experts of a mixture write a part of the channels each, but read all of them.
+    dim = entry if any("expert" in name for name in names) else linear_size(maps[-1])[1]
+    return BlockWidths(dim, entry, sum(hidden for _, hidden in sizes))
 
 
 def _learnt_tokens(tower: Tower) -> dict[str, int]:
@@ -179,7 +178,7 @@ def fingerprint(tower: Tower) -> list[float]:
 def describe(tower: Tower) -> dict[str, Any]:
     """JSON-ready facts about a backbone, as an adapter's `config.json` keeps them."""
     root = tower.root
-    widths = [block_width(block) for block in tower.modules()]
+    widths = [block_widths(block).dim for block in tower.modules()]
     size = patch_size(tower)
     return {
         "library": type(root).__module__.partition(".")[0],

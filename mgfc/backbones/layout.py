@@ -126,10 +126,10 @@ class PatchView:
     windows_side: int = 0
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Gives (B, N, r) the block's own places, channels last, with zeros for the extra tokens."""
+        """Gives (B, N, r) the block's own places and axes, with zeros for the extra tokens."""
         if self.map_shape:
             assert self.grid is not None
-            return rearrange(values, "b (h w) c -> b h w c", h=self.grid[0])
+            return channels_back(rearrange(values, "b (h w) c -> b h w c", h=self.grid[0]), self.channels_first)
         if self.inverse is not None:
             values = values[:, self.inverse]
         if self.windows_side:
@@ -139,10 +139,6 @@ class PatchView:
         if self.leading or self.trailing:
             values = F.pad(values, (0, 0, self.leading, self.trailing))
         return values
-
-    def like_block(self, values: Tensor) -> Tensor:
-        """Moves the channels of a scattered tensor to where the block has them."""
-        return values.permute(0, 3, 1, 2) if self.channels_first else values
 
 
 def channels_last(tensor: Tensor, dim: int) -> tuple[Tensor, bool]:
@@ -160,6 +156,11 @@ def channels_last(tensor: Tensor, dim: int) -> tuple[Tensor, bool]:
     if tensor.ndim == 4 and tensor.shape[1] == dim:
         return tensor.permute(0, 2, 3, 1), True
     raise ValueError(f"expected (B, N, {dim}), (B, h, w, {dim}) or (B, {dim}, h, w), found {tuple(tensor.shape)}")
+
+
+def channels_back(tensor: Tensor, moved: bool) -> Tensor:
+    """Undoes `channels_last`."""
+    return tensor.permute(0, 3, 1, 2) if moved else tensor
 
 
 def extra_tokens(tokens: Tensor, order: Order, tracker: GridTracker) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mgfc.calibrators.coarse import CoarseCalib
 from mgfc.calibrators.fine import FineCalib
@@ -27,7 +28,7 @@ class CalibLayer(nn.Module):
 
     Examples:
         >>> layer = CalibLayer(64, 64, 256, 16, fine=FineCalib(64))
-        >>> layer.up(layer.bottleneck(torch.randn(2, 6 * 9, 64))).shape
+        >>> layer.widen(layer.bottleneck(torch.randn(2, 6 * 9, 64))).shape
         torch.Size([2, 54, 256])
         >>> layer(torch.randn(2, 6 * 9, 64), (6, 9)).shape
         torch.Size([2, 54, 64])
@@ -47,6 +48,7 @@ class CalibLayer(nn.Module):
         fine: FineCalib | None = None,
     ) -> None:
         super().__init__()
+        self.dim = dim
         self.down = nn.Linear(entry, rank, bias=False)
         self.up = nn.Linear(rank, hidden, bias=False)
         nn.init.zeros_(self.up.weight)
@@ -55,9 +57,13 @@ class CalibLayer(nn.Module):
         self.fine = fine
 
     def bottleneck(self, tokens: Tensor) -> Tensor:
-        """2 F W_down, which `up` maps to what the layer adds inside the block: (..., entry) -> (..., r)."""
+        """2 F W_down, which `widen` maps to what the layer adds inside the block: (..., entry) -> (..., r)."""
         z: Tensor = self.down(tokens)
         return self.SCALE * z
+
+    def widen(self, z: Tensor, channels: slice = slice(None)) -> Tensor:
+        """What the layer adds to some channels of H, by default to all: (..., r) -> (..., channels)."""
+        return F.linear(z, self.up.weight[channels])
 
     def delta(self, tokens: Tensor, grid: tuple[int, int] | None, record: dict[str, Tensor] | None = None) -> Tensor | None:
         """What the stages add to the patch tokens that leave the block, or None if there is none to run.

@@ -45,6 +45,7 @@ class ReinCalib(nn.Module):
 
     def __init__(self, dim: int, maps: ReinMaps, num_tokens: int = 100, token_rank: int | None = 16) -> None:
         super().__init__()
+        self.dim = dim
         self.__dict__["maps"] = maps
         width = dim if token_rank is None else token_rank
         bound = math.sqrt(6 / (3 * 16**2 + math.sqrt(dim * width)))
