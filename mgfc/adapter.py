@@ -112,9 +112,13 @@ class Adapter(nn.Module):
             self._records.pop(index, None)
 
     def record(self, index: int) -> dict[str, Any] | None:
-        """Where a forward leaves what the losses need of a block; None while none is needed."""
-        recording = self.training and torch.is_grad_enabled() and bool(self.config.loss_weights)
-        return self._records.setdefault(index, {}) if recording and not is_recomputing() else None
+        """Where a forward leaves what the losses need of a block; None while none is needed.
+
+        A recomputation computes it again, as checkpointing demands, and leaves it nowhere.
+        """
+        if not (self.training and torch.is_grad_enabled() and self.config.loss_weights):
+            return None
+        return {} if is_recomputing() else self._records.setdefault(index, {})
 
     def losses(self, labels: Tensor, ignore_index: int = 255) -> dict[str, Tensor]:
         """The hierarchical losses, as `Calibration.losses` says."""

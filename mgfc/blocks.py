@@ -24,7 +24,7 @@ from mgfc.backbones.layout import (
     view_patches,
 )
 from mgfc.calibrators import CalibLayer, ReinCalib
-from mgfc.calibrators.running import as_one_batch, is_recomputing, keep_read
+from mgfc.calibrators.running import as_one_batch, is_recomputing
 from mgfc.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -174,13 +174,10 @@ class BlockHooks:
             view = view_patches(tensor, layer.dim, self.order, self.tracker, output)
         except ValueError as error:
             raise self._error(str(error)) from None
-        entry = first_tensor(args, kwargs)
-        if entry is not None:
-            keep_read(layer, entry)
         mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
         delta = self._delta(layer, view, mask)
         refined = tensor if delta is None else tensor + view.scatter(delta).to(tensor.dtype)
-        tag(view.grid, entry, refined)
+        tag(view.grid, first_tensor(args, kwargs), refined)
         if self.watched:
             changed = bool(self.adapted) or not torch.equal(tensor, refined)
             places = view.grid, view.patches.shape[1], view.leading, view.trailing
@@ -209,10 +206,10 @@ class BlockHooks:
 def _padded_delta(layer: CalibLayer | ReinCalib, patches: Tensor, valid: Tensor) -> Tensor | None:
     """What the layer adds to each image's real patches alone; padding stays as it is."""
     delta = torch.zeros_like(patches)
+    found = None
     with as_one_batch(layer):
         for index in range(len(patches)):
-            real = layer.delta(patches[index : index + 1, valid[index]], None)
-            if real is None:
-                return None
-            delta[index, valid[index]] = real[0].to(delta.dtype)
-    return delta
+            found = layer.delta(patches[index : index + 1, valid[index]], None)
+            if found is not None:
+                delta[index, valid[index]] = found[0].to(delta.dtype)
+    return None if found is None else delta

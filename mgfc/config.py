@@ -91,14 +91,14 @@ class CoarseConfig(_Config):
     """The coarse stage: scene-level statistics (see `CoarseCalib`).
 
     Args:
-        strength: how far a scene's statistics are drawn to the source's, from 0 to 1.
+        strength: how far the statistics of a scene that is far from the source's are drawn to those, from 0 to 1.
         layers: which of the calibrated blocks have this stage: "all", "first:n" or "last:n" of them, or block indices
             (negative ones count from the end).
         loss_weight: weight of the loss on which categories the scene holds; 0 turns it off.
     """
 
-    strength: float = 0.5
-    layers: Layers = "first:1"
+    strength: float = 0.7
+    layers: Layers = "first:6"
     loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class MediumConfig(_Config):
 
     num_prototypes: int = 16
     temperature: float = 0.05
-    strength: float = 0.3
+    strength: float = 0.2
     layers: Layers = "last:4"
     loss_weight: float = 0.0
 

@@ -23,6 +23,7 @@ def randomise(module: nn.Module, std: float = 0.3) -> None:
         for part in module.modules():
             if isinstance(part, CoarseCalib):
                 part.source.value.normal_(std=std)
+                part.source.value[1] = part.source.value[0].square() + std**2
                 part.source.count.fill_(3)
             elif isinstance(part, MediumCalib):
                 share = torch.randn(part.num_prototypes, 1).softmax(dim=0)

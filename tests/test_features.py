@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from helpers import settle
 from tiny import calibrated, tiny_dinov2, tiny_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -225,7 +224,6 @@ def transformers_checkpointing(model: nn.Module, reentrant: bool) -> None:
 def test_checkpointing_gives_the_same_gradients(make: Any, enable: Any, images: Tensor, reentrant: bool) -> None:
     model = make()
     calibrated(model)
-    settle(model)
     model.train()
     expected = gradients(model, images)
     enable(model, reentrant)

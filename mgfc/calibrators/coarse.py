@@ -5,42 +5,62 @@ from torch import Tensor, nn
 
 from mgfc.calibrators.running import RunningMean
 
+# Added to variances, so that a channel without any has a logarithm.
+_EPS = 1e-6
+
 
 class CoarseCalib(nn.Module):
-    """Scene-level statistics: an image's mean token, drawn towards that of the source domain.
+    """Scene-level statistics: an image's tokens, drawn towards the mean and the spread that the source domain has.
 
-    Light, weather and camera shift whole channels of a scene. With patch tokens X (N x C), their mean mu over the patches,
-    and mu', what that was on average in training:
+    Light, weather and camera shift and stretch whole channels of a scene; so does what it holds, which is no reason to
+    change it. With patch tokens X (N x C), t are the mean and the logarithm of the standard deviation of each channel over
+    the patches, and t' and v' the mean and the variance that t had over the images seen in training. An image moves the
+    more, the further it lies from t' than those images did:
 
-        X <- X + s (mu' - mu)
+        z = mean of (t - t')^2 / v' over the 2 C statistics;   a = s max(0, 1 - 0.5 / z)
+        X <- mu + a (mu' - mu) + (sigma' / sigma)^a (X - mu),   where t = (mu, log sigma)
 
-    mu' is a running mean and s is fixed, so that nothing here fits the source by gradient. A module that has seen no
-    training batch is the identity. Cost is linear in N, and the order of the patches does not matter.
-    Source: `docs/method.md`, "Coarse".
+    The moments of t are running means and s is fixed, so that nothing here fits the source by gradient. In training mode
+    tokens pass unchanged, and the moments take them in: what is trained beside keeps to the source's full variety. A module
+    that has seen no training batch is the identity. Cost is linear in N, and the order of the patches does not matter.
+    Source: `docs/method.md`, "Coarse"; a is the positive-part estimator of James and Stein (1961).
 
     Args:
         dim: channels C of the tokens.
-        strength: s; 0 leaves a scene as it is, 1 gives it the source's mean.
+        strength: s; 0 leaves a scene as it is, 1 gives one that is far from all others the source's mean and spread.
 
     Examples:
         >>> CoarseCalib(64)(torch.randn(2, 6 * 9, 64), (6, 9)).shape
         torch.Size([2, 54, 64])
     """
 
-    def __init__(self, dim: int, strength: float = 0.5) -> None:
+    # Of the variance in training; crops and colours that augmentation draws make the rest.
+    CONTENT_SHARE = 0.5
+
+    def __init__(self, dim: int, strength: float = 0.7) -> None:
         super().__init__()
         self.strength = strength
-        self.source = RunningMean(dim)
+        # First and second moment of the two statistics of an image.
+        self.source = RunningMean(2, 2, dim)
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor) -> None:
+        """In training mode, takes in the statistics of a batch: (B, N, C)."""
+        found = _statistics(tokens)
+        self.source.observe(torch.stack([found, found.square()], dim=1).mean(dim=0))
 
     def shift(self, tokens: Tensor) -> Tensor:
-        """What calibration adds to every patch of an image: (B, N, C) -> (B, 1, C)."""
-        mean = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mean(dim=1, keepdim=True)
-        source, ready = self.source.read()
-        self.source.observe(mean.mean(dim=(0, 1)))
-        return ready * self.strength * (source - mean)
+        """What calibration adds: (B, N, C) -> (B, N, C)."""
+        found, (expected, square) = _statistics(tokens), self.source.value
+        away = expected - found
+        distance = (away.square() / (square - expected.square()).clamp_min(_EPS)).mean(dim=(1, 2), keepdim=True)
+        strength = self.source.ready * self.strength * (1 - self.CONTENT_SHARE / distance.clamp_min(self.CONTENT_SHARE))
+        move, stretch = (strength * away).unbind(dim=1)
+        shift: Tensor = move.unsqueeze(1) + torch.expm1(stretch).unsqueeze(1) * (tokens - found[:, :1])
+        return shift
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Calibrates patch tokens. In training mode, also takes in their statistics.
+        """Calibrates patch tokens; in training mode, takes in their statistics instead.
 
         Args:
             tokens: (B, h*w, C).
@@ -49,4 +69,14 @@ class CoarseCalib(nn.Module):
         Returns:
             (B, h*w, C).
         """
+        if self.training:
+            self.observe(tokens)
+            return tokens
         return tokens + self.shift(tokens).to(tokens.dtype)
+
+
+def _statistics(tokens: Tensor) -> Tensor:
+    """Of each image and channel, the mean and the logarithm of the standard deviation: (B, N, C) -> (B, 2, C)."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    variance, mean = torch.var_mean(tokens, dim=1, correction=0)
+    return torch.stack([mean, (variance + _EPS).log() / 2], dim=1)

@@ -71,18 +71,23 @@ class CalibLayer(nn.Module):
         Args:
             tokens: (B, N, C), in raster order if there is a grid.
             grid: (h, w) in patches, or None where the patches have no known places; the fine stage is skipped then.
-            record: takes what the losses need: "similarity" (B, N, K), "share" (B, N).
+            record: takes what the losses need in training: "similarity" (B, N, K), "share" (B, N).
         """
-        record = {} if record is None else record
         delta: Tensor | None = None
-        if self.coarse is not None:
-            delta = self.coarse.shift(tokens).to(tokens.dtype).expand_as(tokens)
-        if self.medium is not None:
-            shift, record["similarity"] = self.medium.shift(_plus(tokens, delta))
-            delta = _plus(shift.to(tokens.dtype), delta)
+        for stage in (self.coarse, self.medium):
+            if stage is None:
+                continue
+            if self.training:
+                stage.observe(tokens)
+            else:
+                delta = _plus(stage.shift(_plus(tokens, delta)).to(tokens.dtype), delta)
+        if self.medium is not None and record is not None:
+            record["similarity"] = self.medium.similarity(tokens)
         if self.fine is not None and grid is not None:
-            shift, record["share"] = self.fine.shift(_plus(tokens, delta), grid)
+            shift, share = self.fine.shift(_plus(tokens, delta), grid)
             delta = _plus(shift, delta)
+            if record is not None:
+                record["share"] = share
         return delta
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:

@@ -19,8 +19,9 @@ class MediumCalib(nn.Module):
 
     m' is the mean of the source's tokens, and m lies half-way from it to this image's mean. Categories that fill less
     than about q0 of the image move little, since their centroids are uncertain. Unlike `CoarseCalib`, a scene with other
-    shares of sky or road than usual is no reason for a shift. Nothing here fits the source by gradient, and a module
-    that has seen no training batch is the identity. Cost is linear in N. Source: `docs/method.md`, "Medium".
+    shares of sky or road than usual is no reason for a shift. Nothing here fits the source by gradient. In training mode
+    tokens pass unchanged, and the centroids take them in. A module that has seen no training batch is the identity. Cost
+    is linear in N. Source: `docs/method.md`, "Medium".
 
     Args:
         dim: channels C of the tokens.
@@ -35,7 +36,7 @@ class MediumCalib(nn.Module):
 
     CERTAIN_SHARE = 0.025
 
-    def __init__(self, dim: int, num_prototypes: int = 16, temperature: float = 0.05, strength: float = 0.3) -> None:
+    def __init__(self, dim: int, num_prototypes: int = 16, temperature: float = 0.05, strength: float = 0.2) -> None:
         super().__init__()
         self.num_prototypes = num_prototypes
         self.temperature = temperature
@@ -47,24 +48,36 @@ class MediumCalib(nn.Module):
         """P: (K, C); zeros before the first training batch."""
         return _centroids(self.source.value)
 
-    def shift(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What calibration adds, and the logits of the assignment: (B, N, C) -> (B, N, C), (B, N, K)."""
-        source, ready = self.source.read()
+    def similarity(self, tokens: Tensor) -> Tensor:
+        """The logits of A: (B, N, C) -> (B, N, K)."""
+        prototypes, mean = self.prototypes(), self.source.value[:, :-1].sum(dim=0)
         with torch.autocast(tokens.device.type, enabled=False):  # offsets are small differences of large numbers
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-            source = source.to(tokens.dtype)
-            prototypes, mean = _centroids(source), source[:, :-1].sum(dim=0)
             middle = (mean + tokens.mean(dim=1, keepdim=True)) / 2
             directions = F.normalize(prototypes - mean, dim=-1)
-            similarity = F.normalize(tokens - middle, dim=-1) @ directions.mT / self.temperature
-            assignment = similarity.softmax(dim=-1)
-            share = assignment.mean(dim=1).unsqueeze(-1)
-            sums = torch.cat([assignment.mT @ tokens / tokens.shape[1], share], dim=-1)
-            offset = share / (share + self.CERTAIN_SHARE) * (prototypes - _centroids(sums))
-            shift = ready * self.strength * (assignment @ offset)
-        if self.training:
-            self.source.observe(torch.where(ready > 0, sums.mean(dim=0), self._first(tokens)))
-        return shift, similarity
+            similarity: Tensor = F.normalize(tokens - middle, dim=-1) @ directions.to(tokens.dtype).mT / self.temperature
+        return similarity
+
+    def _assign(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """A, and the sums of each image's tokens under it and their numbers, over N: (B, N, K), (B, K, C + 1)."""
+        assignment = self.similarity(tokens).softmax(dim=-1)
+        with torch.autocast(tokens.device.type, enabled=False):
+            sums = assignment.mT @ tokens.to(assignment.dtype) / tokens.shape[1]
+        return assignment, torch.cat([sums, assignment.mean(dim=1).unsqueeze(-1)], dim=-1)
+
+    def shift(self, tokens: Tensor) -> Tensor:
+        """What calibration adds: (B, N, C) -> (B, N, C)."""
+        assignment, sums = self._assign(tokens)
+        share = sums[..., -1:]
+        offset = share / (share + self.CERTAIN_SHARE) * (self.prototypes() - _centroids(sums))
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.source.ready * self.strength * (assignment @ offset.to(assignment.dtype))
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor) -> None:
+        """In training mode, takes in the statistics of a batch: (B, N, C)."""
+        sums = self._assign(tokens)[1].mean(dim=0)
+        self.source.observe(torch.where(self.source.ready > 0, sums, self._first(tokens)))
 
     def _first(self, tokens: Tensor) -> Tensor:
         """Tokens at even distances in the first batch of all processes, as sums and shares of the first prototypes."""
@@ -77,7 +90,7 @@ class MediumCalib(nn.Module):
         return sums * own.unsqueeze(-1) * size  # the mean over processes makes them one batch
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Calibrates patch tokens. In training mode, also takes in their statistics.
+        """Calibrates patch tokens; in training mode, takes in their statistics instead.
 
         Args:
             tokens: (B, h*w, C).
@@ -86,7 +99,10 @@ class MediumCalib(nn.Module):
         Returns:
             (B, h*w, C).
         """
-        return tokens + self.shift(tokens)[0].to(tokens.dtype)
+        if self.training:
+            self.observe(tokens)
+            return tokens
+        return tokens + self.shift(tokens).to(tokens.dtype)
 
 
 def _centroids(sums: Tensor) -> Tensor:

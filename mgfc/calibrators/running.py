@@ -14,27 +14,6 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-_READ = "_mgfc_read"
-
-
-def keep_read(layer: nn.Module, tokens: Tensor) -> None:
-    """Ties what a training forward reads to its input tokens; a recomputation from these tokens reads the same again.
-
-    Args:
-        layer: with running means in it, about to be called.
-        tokens: what the block was called with.
-    """
-    if torch.compiler.is_compiling() or not layer.training:
-        return
-    means = [module for module in layer.modules() if isinstance(module, RunningMean)]
-    if not is_recomputing():
-        setattr(tokens, _READ, [(mean.value.clone(), mean.count.clone()) for mean in means])
-        return
-    for mean, (value, count) in zip(means, getattr(tokens, _READ, ()), strict=False):
-        mean._read_value.copy_(value)
-        mean._read_count.copy_(count)
-
-
 @contextmanager
 def as_one_batch(module: nn.Module) -> Iterator[None]:
     """Within it, the images of a batch may pass one by one: running means take them in together at the end."""
@@ -56,9 +35,6 @@ def as_one_batch(module: nn.Module) -> Iterator[None]:
 class RunningMean(nn.Module):
     """The mean of what training batches showed, as in BatchNorm: plain at first, then exponential.
 
-    A forward reads it before it adds to it. So a fresh module has no effect on its first batch, and activation
-    checkpointing recomputes with what the newest forward read, or its own one with `keep_read`.
-
     Args:
         *shape: of the tensor that is averaged.
         momentum: least weight of a new value.
@@ -66,8 +42,6 @@ class RunningMean(nn.Module):
 
     value: Tensor
     count: Tensor
-    _read_value: Tensor
-    _read_count: Tensor
 
     def __init__(self, *shape: int, momentum: float = 0.02) -> None:
         super().__init__()
@@ -75,16 +49,11 @@ class RunningMean(nn.Module):
         self._held: list[Tensor] | None = None
         self.register_buffer("value", torch.zeros(shape))
         self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("_read_value", torch.zeros(shape), persistent=False)
-        self.register_buffer("_read_count", torch.zeros(()), persistent=False)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """The mean so far, and 1 if there is one, else 0."""
-        if self.training and not is_recomputing():
-            self._read_value.copy_(self.value)
-            self._read_count.copy_(self.count)
-        value, count = (self._read_value, self._read_count) if self.training else (self.value, self.count)
-        return value.clone(), count.clamp_max(1)
+    @property
+    def ready(self) -> Tensor:
+        """1 if there is a mean, else 0."""
+        return self.count.clamp_max(1)
 
     @torch.no_grad()
     def observe(self, value: Tensor) -> None:
