@@ -55,9 +55,9 @@ class CoarseCalib(nn.Module):
         away = expected - found
         distance = (away.square() / (square - expected.square()).clamp_min(_EPS)).mean(dim=(1, 2), keepdim=True)
         strength = self.source.ready * self.strength * (1 - self.CONTENT_SHARE / distance.clamp_min(self.CONTENT_SHARE))
-        move, stretch = (strength * away).unbind(dim=1)
-        shift: Tensor = move.unsqueeze(1) + torch.expm1(stretch).unsqueeze(1) * (tokens - found[:, :1])
-        return shift
+        move, spread = (strength * away).unsqueeze(2).unbind(dim=1)
+        stretch = spread.expm1()
+        return torch.addcmul(move - stretch * found[:, :1], tokens.to(found.dtype), stretch)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Calibrates patch tokens; in training mode, takes in their statistics instead.
@@ -78,5 +78,6 @@ class CoarseCalib(nn.Module):
 def _statistics(tokens: Tensor) -> Tensor:
     """Of each image and channel, the mean and the logarithm of the standard deviation: (B, N, C) -> (B, 2, C)."""
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    variance, mean = torch.var_mean(tokens, dim=1, correction=0)
-    return torch.stack([mean, (variance + _EPS).log() / 2], dim=1)
+    mean = tokens.mean(dim=1, keepdim=True)
+    variance = (tokens - mean).square().mean(dim=1)  # several times as fast as torch.var on a CPU
+    return torch.stack([mean.squeeze(1), (variance + _EPS).log() / 2], dim=1)
