@@ -20,6 +20,7 @@ EXAMPLES = ROOT / "examples"
 sys.path.append(str(EXAMPLES))
 
 import backbone  # noqa: E402
+import domain_adapters  # noqa: E402
 import segment  # noqa: E402
 import streets  # noqa: E402
 import train_minimal  # noqa: E402
@@ -67,7 +68,8 @@ def train(tiny_backbone: Path, tiny_scenes: Path, monkeypatch: pytest.MonkeyPatc
     def small_evaluate(*args: object, **options: object) -> streets.Scores:
         return streets.evaluate(*args, size=(28, 42), **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train_minimal, "evaluate", small_evaluate)
+    for script in (train_minimal, domain_adapters):
+        monkeypatch.setattr(script, "evaluate", small_evaluate)
 
     def run(out: Path, *options: str) -> dict[str, float]:
         places = ["--data", str(tiny_scenes), "--backbone", str(tiny_backbone), "--out", str(out)]
@@ -122,6 +124,19 @@ def test_bare_training_writes_the_head_alone(train: Train, tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == ["config.json", "head.safetensors"]
     head = streets.load_bare_head(tmp_path / "bare")
     assert head([torch.randn(1, 48, 2, 3)] * 4).shape == (1, len(streets.CLASSES), 4, 6)
+
+
+def test_an_adapter_for_each_domain(train: Train, tiny_backbone: Path, tiny_scenes: Path, tmp_path: Path) -> None:
+    train(tmp_path / "adapter")
+    places = ["--adapter", str(tmp_path / "adapter"), "--backbone", str(tiny_backbone), "--out", str(tmp_path / "out")]
+    domains = [part for name in ("day", "dusk") for part in ("--domain", name, str(tiny_scenes), "train", "val")]
+    scores = domain_adapters.main([*places, *domains, "--size", "28", "42", "--steps", "2", "--lr", "0.01", "--count", "1"])
+    assert list(scores) == ["default", "day", "dusk", "merged"] and all(set(row) == {"day", "dusk"} for row in scores.values())
+    files = {name: weights(tmp_path / "out" / name) for name in scores}
+    heads = {found["head.safetensors"] for found in files.values()}
+    assert len(heads) == 1, "the head is shared"
+    # Both were tuned on the same images, so that they and their mean differ from the start alone.
+    assert files["default"] != files["day"] == files["dusk"]
 
 
 def test_the_training_script_is_short() -> None:
