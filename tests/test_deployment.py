@@ -1,4 +1,4 @@
-"""Wrapped models outside Python and in low precision: ONNX, weight-only quantisation, bfloat16."""
+"""Wrapped models outside Python and in low precision: ONNX, ExecuTorch, weight-only quantisation, bfloat16."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from mgfc import FeatureMaps, MGFCConfig, SegmentationHead, wrap_backbone
 
 
-def bare(embed_dim: int = 32) -> nn.Module:
+def bare(embed_dim: int = 32, dynamic_img_size: bool = True) -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(
         "vit_tiny_patch16_224",
@@ -24,12 +24,12 @@ def bare(embed_dim: int = 32) -> nn.Module:
         depth=3,
         num_heads=2,
         num_classes=0,
-        dynamic_img_size=True,
+        dynamic_img_size=dynamic_img_size,
     ).eval()
 
 
-def wrapped(embed_dim: int = 32) -> nn.Module:
-    vit = wrap_backbone(bare(embed_dim), MGFCConfig(rank=8))
+def wrapped(embed_dim: int = 32, dynamic_img_size: bool = True) -> nn.Module:
+    vit = wrap_backbone(bare(embed_dim, dynamic_img_size), MGFCConfig(rank=8))
     randomise(vit.calibration)
     return vit.eval()
 
@@ -52,6 +52,24 @@ def test_onnx_with_changing_sizes(tmp_path: Path) -> None:
                 assert (model(images) - expected).abs().max() > 1e-2
         (found,) = session.run(None, {entry.name: images.numpy()})
         assert (torch.from_numpy(found) - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_executorch() -> None:
+    exir = pytest.importorskip("executorch.exir")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.runtime import Runtime
+
+    images = torch.randn(1, 3, 32, 32)
+    model = nn.Sequential(FeatureMaps(wrapped(dynamic_img_size=False), (0, 2)), SegmentationHead([32, 32], 5)).eval()
+    expected = model(images)
+    with model[0].backbone.calibration.disabled():
+        assert (model(images) - expected).abs().max() > 1e-2
+    exported = torch.export.export(model, (images,))
+    for partitioner in (None, [XnnpackPartitioner()]):
+        program = exir.to_edge_transform_and_lower(exported, partitioner=partitioner).to_executorch()
+        (found,) = Runtime.get().load_program(program.buffer).load_method("forward").execute([images])
+        assert (found - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("Int8WeightOnlyConfig", 0.05), ("Float8WeightOnlyConfig", 0.2)])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import helpers
 import lightning
+import pytest
 import timm
 import torch
 from helpers import randomise, same
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,28 +104,27 @@ def test_ema_copy_is_independent() -> None:
     )
 
 
-def test_lightning(tmp_path: Any) -> None:
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **SIZES)
-            self.vit = wrap_backbone(vit, MGFCConfig(rank=4))
-            self.head = nn.Linear(32, 5)
+class LightningSegmenter(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **SIZES)
+        self.vit = wrap_backbone(vit, MGFCConfig(rank=4))
+        self.head = nn.Linear(32, 5)
 
-        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-            tokens = self.vit.forward_features(batch[0])[:, 1:]
-            logits = self.head(tokens).mT.unflatten(2, (4, 6))
-            loss = F.cross_entropy(F.interpolate(logits, scale_factor=8), batch[1])
-            return loss + self.vit.calibration.loss(batch[1])
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        tokens = self.vit.forward_features(batch[0])[:, 1:]
+        logits = self.head(tokens).mT.unflatten(2, (4, 6))
+        loss = F.cross_entropy(F.interpolate(logits, scale_factor=8), batch[1])
+        return loss + self.vit.calibration.loss(batch[1])
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)
 
+
+def fit(directory: Path, *callbacks: lightning.Callback) -> tuple[LightningSegmenter, lightning.Trainer]:
     torch.manual_seed(0)
-    module = Module()
-    assert get_calibration(module) is module.vit.calibration
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    data = TensorDataset(torch.randn(4, 3, 32, 48), torch.randint(0, 5, (4, 32, 48)))
+    module, data = LightningSegmenter(), TensorDataset(torch.randn(4, 3, 32, 48), torch.randint(0, 5, (4, 32, 48)))
     trainer = lightning.Trainer(
         max_steps=4,
         accelerator="cpu",
@@ -129,19 +132,137 @@ def test_lightning(tmp_path: Any) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=tmp_path,
+        default_root_dir=directory,
+        callbacks=list(callbacks),
     )
     trainer.fit(module, DataLoader(data, 2))
-    after = module.state_dict()
+    return module, trainer
+
+
+def test_lightning(tmp_path: Path) -> None:
+    module, trainer = fit(tmp_path)
+    assert get_calibration(module) is module.vit.calibration
+    before, after = LightningSegmenter().state_dict(), module.state_dict()
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved
     assert all("calibration" in name or name.startswith("head") for name in moved)
     assert any(name.endswith("up.weight") for name in moved)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    twin = Module()
+    twin = LightningSegmenter()
     twin.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
     images = torch.randn(1, 3, 32, 48)
     assert same(twin.eval().vit(images), module.eval().vit(images))
+
+
+def test_lightning_averages_calibrators_and_nothing_else(tmp_path: Path) -> None:
+    """Its average is a copy of the module while it trains, and takes the module's place at the end."""
+    plain, _ = fit(tmp_path)
+    averaged, _ = fit(tmp_path, EMAWeightAveraging(decay=0.5))
+    calibration = get_calibration(averaged)
+    assert calibration.backbone is averaged.vit and calibration.num_batches
+    start, last, mean = (module.state_dict() for module in (LightningSegmenter(), plain, averaged))
+    for name, value in mean.items():
+        if "calibration" in name and name.endswith("up.weight"):
+            assert value.any() and not torch.equal(value, last[name])
+        elif "calibration" not in name and not name.startswith("head"):
+            assert torch.equal(value, start[name])
+    frozen = {name for name, p in averaged.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name in start if name.startswith("vit.") and "calibration" not in name}
+    images = torch.randn(1, 3, 32, 48)
+    with calibration.disabled():
+        bare = averaged.eval().vit(images)
+    assert same(bare, LightningSegmenter().eval().vit(images)) and not same(averaged.vit(images), bare)
+
+
+class CalibratedViT(nn.Module):
+    """The backbone of `docs/hosts.md`, for hosts that build one by name."""
+
+    def __init__(self, out_indices: Sequence[int] = (0, 1, 2), adapter: Any = CONFIG) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        vit = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **SIZES)
+        self.maps = FeatureMaps(wrap_backbone(vit, adapter), out_indices)
+        self.out_channels = self.maps.channels
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.maps(images)
+
+
+def assert_calibrated(host: nn.Module, images: Tensor, forward: Callable[[Tensor], Tensor]) -> None:
+    """The host calls every calibrated block, and its output depends on the calibrators."""
+    calibration = get_calibration(host.eval())
+    assert len(calibration.check(images, model=host)) == len(calibration.layers)
+    with torch.no_grad():
+        bare = forward(images)
+        randomise(calibration)
+        assert not torch.equal(forward(images), bare)
+
+
+def test_torchgeo() -> None:
+    trainers = pytest.importorskip("torchgeo.trainers")
+    sizes = {"in_channels": 3, "task": "multiclass", "num_classes": 5, "weights": None}
+    task = trainers.SemanticSegmentationTask(model="dpt", backbone="tu-vit_tiny_patch16_224", **sizes)
+    wrap_backbone(task.model.encoder.model, CONFIG)
+    assert_calibrated(task, torch.randn(1, 3, 224, 224), task)
+
+
+def test_terratorch() -> None:
+    models = pytest.importorskip("terratorch.models")
+    from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
+
+    TERRATORCH_BACKBONE_REGISTRY.register(CalibratedViT)
+    names = {"task": "segmentation", "backbone": "CalibratedViT", "decoder": "FCNDecoder", "num_classes": 5}
+    model = models.EncoderDecoderFactory().build_model(**names)
+    assert_calibrated(model, torch.randn(2, 3, 64, 64), lambda images: model(images).output)
+
+
+def test_mmengine(tmp_path: Path) -> None:
+    """Built by a registry, trained by its runner with its moving average."""
+    pytest.importorskip("mmengine")
+    from mmengine.model import BaseModel
+    from mmengine.registry import MODELS
+    from mmengine.runner import Runner
+
+    MODELS.register_module(module=CalibratedViT, force=True)
+
+    @MODELS.register_module(force=True)
+    class Segmenter(BaseModel):
+        def __init__(self, backbone: dict[str, Any]) -> None:
+            super().__init__()
+            self.backbone = MODELS.build(backbone)
+            self.head = nn.Conv2d(self.backbone.out_channels[-1], 5, 1)
+
+        def forward(self, images: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
+            logits = F.interpolate(self.head(self.backbone(images)[-1]), size=labels.shape[1:])
+            return {"loss": F.cross_entropy(logits, labels)} if mode == "loss" else logits
+
+    data = [(torch.randn(3, 32, 48), torch.randint(0, 5, (32, 48))) for _ in range(4)]
+    options: dict[str, Any] = {
+        "model": {"type": "Segmenter", "backbone": {"type": "CalibratedViT"}},
+        "train_dataloader": {
+            "dataset": data,
+            "batch_size": 2,
+            "sampler": {"type": "DefaultSampler"},
+            "collate_fn": {"type": "default_collate"},
+        },
+        "optim_wrapper": {"optimizer": {"type": "AdamW", "lr": 1e-2}},
+        "custom_hooks": [{"type": "EMAHook", "momentum": 0.5}],
+        "default_scope": "mmengine",
+        "log_level": "ERROR",
+    }
+    train = {"by_epoch": True, "max_epochs": 2}
+    runner = Runner(work_dir=str(tmp_path), train_cfg=train, **options)
+    start = {name: value.clone() for name, value in runner.model.state_dict().items()}
+    trained = runner.train()
+    moved = {name for name, value in trained.state_dict().items() if not torch.equal(value, start[name])}
+    assert any(name.endswith("up.weight") for name in moved)
+    assert all("calibration" in name or name.startswith("head") for name in moved)
+    assert get_calibration(trained).num_batches == 4
+    get_calibration(trained).save_pretrained(tmp_path / "adapter")
+    images = torch.randn(1, 3, 32, 48)
+    expected = trained.eval().backbone(images)
+    assert same(MODELS.build({"type": "CalibratedViT", "adapter": tmp_path / "adapter"}).eval()(images), expected)
+    assert_calibrated(trained.backbone, images, lambda images: trained.backbone(images)[-1])
 
 
 class TrainerSegmenter(nn.Module):
@@ -160,7 +281,7 @@ class TrainerSegmenter(nn.Module):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def test_transformers_trainer_resumes_where_it_was(tmp_path: Any) -> None:
+def test_transformers_trainer_resumes_where_it_was(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     items = [
         {
