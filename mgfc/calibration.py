@@ -16,7 +16,7 @@ from mgfc.adapter import GRANULARITIES, Adapter, Adapters, average
 from mgfc.backbones.description import max_extra_tokens, token_orders
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import GridTracker, stem_hooks
-from mgfc.backbones.tuners import tuner_parameters
+from mgfc.backbones.tuners import own_name, tuner_layers, tuner_parameters
 from mgfc.blocks import BlockHooks, BlockReport
 from mgfc.calibrators import CalibLayer
 from mgfc.config import AdapterConfig
@@ -50,7 +50,7 @@ class Calibration(nn.Module):
         self._tracker = GridTracker(max_extra_tokens(tower))
         self.blocks = [BlockHooks(self, index, order, self._tracker) for index, order in enumerate(token_orders(tower))]
         self._handles: list[Any] = []
-        self._frozen_names: tuple[str, ...] = ()
+        self._frozen_names: set[str] = set()
         self._frozen_norms: list[nn.Module] = []
         self.has_peft = False
 
@@ -210,28 +210,29 @@ class Calibration(nn.Module):
         return x
 
     def detach(self) -> None:
-        """Removes the hooks and PEFT's adapter again, and gives back the `requires_grad` flags that `freeze` took."""
+        """Removes the hooks and PEFT's adapter again, and gives back the `requires_grad` flags that `freeze` took.
+
+        An adapter of PEFT's that others put in wants the backbone frozen, so that it stays so.
+        """
         for handle in self._handles:
             handle.remove()
-        parameters = dict(self.backbone.named_parameters())
-        for name in self._frozen_names:
-            if name in parameters:
-                parameters[name].requires_grad_(True)
-        for norm in self._frozen_norms:
-            norm.train(self.backbone.training)
         if self.has_peft:
             eject(self.backbone)
+        if next(tuner_layers(self.backbone), None) is None:
+            for name, parameter in self.backbone.named_parameters():
+                if name in self._frozen_names:
+                    parameter.requires_grad_(True)
+        for norm in self._frozen_norms:
+            norm.train(self.backbone.training)
         del self.__dict__["_backbone"]
 
     def freeze(self) -> None:
         """Freezes the backbone's parameters, except those of PEFT adapters in it, and its BatchNorm statistics."""
         keep = tuner_parameters(self.backbone) | {id(p) for p in self.parameters()}
-        names = []
-        for name, parameter in self.backbone.named_parameters():
-            if parameter.requires_grad and id(parameter) not in keep:
-                parameter.requires_grad_(False)
-                names.append(name)
-        self._frozen_names = tuple(names)
+        frozen = {n: p for n, p in self.backbone.named_parameters() if p.requires_grad and id(p) not in keep}
+        self._frozen_names = {own_name(name) for name in frozen}  # PEFT may be gone when they are given back
+        for parameter in frozen.values():
+            parameter.requires_grad_(False)
         self._frozen_norms = [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
         for norm in self._frozen_norms:
             norm.eval()

@@ -114,6 +114,8 @@ def attach_adapter(model: nn.Module, name: str, config: AdapterConfig, blocks: s
 def unwrap_backbone(backbone: M) -> M:
     """Removes the calibrators and hooks, and gives back the `requires_grad` flags as they were before.
 
+    A backbone that `peft` adapted meanwhile stays frozen, as its adapter wants it.
+
     Args:
         backbone: what `wrap_backbone` was given, or a host of it.
 

@@ -36,6 +36,24 @@ def fill_lora(model: nn.Module) -> None:
             nn.init.normal_(parameter)
 
 
+def test_unwrapping_leaves_a_later_adapter_of_peft_with_a_frozen_backbone() -> None:
+    model = wrap_backbone(vit(), MGFCConfig(rank=8))
+    adapted = get_peft_model(model, LORA)
+    unwrap_backbone(model)
+    assert trained(adapted) and all("lora_" in name for name in trained(adapted))
+
+
+def test_flags_come_back_when_an_earlier_adapter_of_peft_is_gone() -> None:
+    model = vit()
+    before = snapshot(model)
+    adapted = get_peft_model(model, LORA)
+    model.requires_grad_(True)
+    wrap_backbone(model, MGFCConfig(rank=8))
+    assert adapted.unload() is model
+    assert not any("calibration" not in name for name in trained(model))
+    assert_unchanged(unwrap_backbone(model), before)
+
+
 @pytest.mark.parametrize("targets", [["qkv"], "all-linear"])
 @pytest.mark.parametrize("name", ["default", "other"])
 def test_peft_after_wrapping_leaves_the_calibrators_alone(targets: list[str] | str, name: str) -> None:

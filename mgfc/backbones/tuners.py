@@ -26,6 +26,11 @@ def tuner_parameters(model: nn.Module) -> set[int]:
     return found
 
 
+def own_name(name: str) -> str:
+    """A parameter's name as it is without PEFT's layers around its module."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, without what PEFT added: each of its layers is left out, what it wraps stands."""
     layers = {name: wrapped for name, _, wrapped in tuner_layers(model)}
