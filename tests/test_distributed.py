@@ -167,3 +167,39 @@ def test_the_example_under_torchrun(engine: str, tmp_path: Path) -> None:
     assert done.stdout.count("step ") == 2
     vit = wrap_backbone(timm.create_model("test_vit", dynamic_img_size=True), tmp_path / "adapter")
     assert vit.calibration.num_batches == 2
+
+
+ACCELERATED = """
+import sys
+
+import torch
+from accelerate import Accelerator
+from test_distributed import NO_LOSSES, Segmenter, batches
+
+accelerator = Accelerator(cpu=True)
+model = Segmenter(NO_LOSSES)
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+model, optimizer = accelerator.prepare(model.train(), optimizer)
+for images, labels in batches(accelerator.process_index, accelerator.num_processes):
+    accelerator.backward(sum(model(images, labels)))
+    optimizer.step()
+    optimizer.zero_grad()
+accelerator.unwrap_model(model).maps.backbone.calibration.save_pretrained(sys.argv[1])
+assert accelerator.num_processes == int(sys.argv[2])
+"""
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    (tmp_path / "train.py").write_text(ACCELERATED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
+    script = [str(tmp_path / "train.py"), str(tmp_path / "adapter"), str(WORLD)]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    vit = unwrap_backbone(Segmenter(NO_LOSSES).maps.backbone)
+    wrap_backbone(vit, tmp_path / "adapter")
+    _, expected = alone(config=NO_LOSSES)
+    for key, value in vit.calibration.adapter.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
