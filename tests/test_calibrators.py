@@ -354,6 +354,18 @@ def test_a_running_mean_is_plain_at_first_and_exponential_later() -> None:
     torch.testing.assert_close(mean.value, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+def test_statistics_stay_in_full_precision(make: Make, dtype: torch.dtype) -> None:
+    """Those of channels that lie far from zero, whose variance half precision could not hold."""
+    source = domain(0.0, 1.0) + 20
+    module, tokens = trained_on(make(12), source), domain(0.3, 0.9) + 20
+    expected = module(tokens)
+    found = copy.deepcopy(module).to(dtype)(tokens)
+    assert torch.equal(found, expected) and not torch.equal(expected, tokens)
+    assert {buffer.dtype for buffer in module.double().buffers()} == {torch.float64}
+
+
 @pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
 def test_images_that_pass_one_by_one_are_one_batch(make: Make) -> None:
     together, apart = (trained_on(make(12), domain(0.0, 1.0), batches=2).train() for _ in range(2))

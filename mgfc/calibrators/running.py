@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -49,6 +49,16 @@ class RunningMean(nn.Module):
         self._held: list[Tensor] | None = None
         self.register_buffer("value", torch.zeros(shape))
         self.register_buffer("count", torch.zeros(()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
+        """Moves as any module does, but stays in full precision: a variance is a small difference of large numbers."""
+        before = {"value": self.value, "count": self.count}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if torch.finfo(moved.dtype).bits < 32:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
     @property
     def ready(self) -> Tensor:
