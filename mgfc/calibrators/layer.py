@@ -14,8 +14,8 @@ class CalibLayer(nn.Module):
         H <- H + 2 F W_down W_up                            F: what the network reads,  H: what its first map writes
         X <- coarse(X);   X <- medium(X);   X <- fine(X)    X: patch tokens that leave the block
 
-    W_up and the gate of the fine stage are 0 at initialisation and the statistics are empty: the layer starts as the
-    identity. Source: `docs/method.md`, "The layer".
+    In training mode coarse and medium take X in and leave it as it is. W_up and the gate of the fine stage are 0 at
+    initialisation and the statistics are empty: the layer starts as the identity. Source: `docs/method.md`, "The layer".
 
     Args:
         dim: channels C of the block's output tokens X.
