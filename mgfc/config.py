@@ -97,7 +97,7 @@ class CoarseConfig(_Config):
         loss_weight: weight of the loss on which categories the scene holds; 0 turns it off.
     """
 
-    strength: float = 0.7
+    strength: float = 1.0
     layers: Layers = "first:6"
     loss_weight: float = 0.0
 
@@ -114,14 +114,14 @@ class MediumConfig(_Config):
     Args:
         num_prototypes: categories K of each block.
         temperature: tau of the softmax over cosine similarities.
-        strength: how far a category is drawn to the source's, from 0 to 1.
+        strength: how far a category that is far from the source's is drawn to that, from 0 to 1.
         layers: which of the calibrated blocks have this stage, as in `CoarseConfig`.
         loss_weight: weight of the loss on each patch's mix of categories; 0 turns it off.
     """
 
     num_prototypes: int = 16
     temperature: float = 0.05
-    strength: float = 0.2
+    strength: float = 1.0
     layers: Layers = "last:4"
     loss_weight: float = 0.0
 

@@ -27,8 +27,9 @@ def randomise(module: nn.Module, std: float = 0.3) -> None:
                 part.source.count.fill_(3)
             elif isinstance(part, MediumCalib):
                 share = torch.randn(part.num_prototypes, 1).softmax(dim=0)
-                centroids = torch.randn(part.num_prototypes, part.source.value.shape[1] - 1)
-                part.source.value.copy_(torch.cat([share * centroids, share], dim=1))
+                centroids = torch.randn(part.num_prototypes, part.source.value.shape[1] // 2)
+                moments = torch.ones_like(share), centroids, centroids.square() + std**2
+                part.source.value.copy_(share * torch.cat(moments, dim=1))
                 part.source.count.fill_(3)
 
 

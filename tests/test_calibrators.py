@@ -159,8 +159,10 @@ def coarse_by_hand(module: CoarseCalib, image: Tensor) -> Tensor:
 
 
 def medium_by_hand(module: MediumCalib, image: Tensor) -> Tensor:
-    prototypes = [row[:-1] / row[-1] for row in module.source.value]
-    source_mean = sum(row[:-1] for row in module.source.value)
+    dim = image.shape[1]
+    prototypes = [row[1 : 1 + dim] / row[0] for row in module.source.value]
+    variances = [row[1 + dim :] / row[0] - p**2 for row, p in zip(module.source.value, prototypes, strict=True)]
+    source_mean = sum(row[1 : 1 + dim] for row in module.source.value)
     middle = (source_mean + image.mean(0)) / 2
     cosine = torch.stack(
         [torch.stack([F.cosine_similarity(x - middle, p - source_mean, dim=0) for p in prototypes]) for x in image]
@@ -170,10 +172,11 @@ def medium_by_hand(module: MediumCalib, image: Tensor) -> Tensor:
     for k, prototype in enumerate(prototypes):
         share = assignment[:, k].sum() / len(image)
         centroid = sum(assignment[i, k] * x for i, x in enumerate(image)) / assignment[:, k].sum()
-        offsets.append(share / (share + 0.025) * (prototype - centroid))
-    return torch.stack(
-        [x + module.strength * sum(assignment[i, k] * offset for k, offset in enumerate(offsets)) for i, x in enumerate(image)]
-    )
+        distance = ((prototype - centroid) ** 2 / variances[k]).mean()
+        strength = module.strength * max(0.0, 1 - 1 / distance)
+        offsets.append(strength * share / (share + 0.025) * (prototype - centroid))
+    moved = [sum(assignment[i, k] * offset for k, offset in enumerate(offsets)) for i in range(len(image))]
+    return torch.stack([x + shift for x, shift in zip(image, moved, strict=True)])
 
 
 def fine_by_hand(module: FineCalib, image: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -272,7 +275,11 @@ def trained_on(module: nn.Module, tokens: Tensor, batches: int = 60) -> nn.Modul
 
 @pytest.mark.parametrize(
     ("make", "shift", "scale"),
-    [(CoarseCalib, 2.0, 1.0), (CoarseCalib, 0.0, 0.5), (partial(MediumCalib, strength=0.4), 2.0, 1.0)],
+    [
+        (partial(CoarseCalib, strength=0.7), 2.0, 1.0),
+        (partial(CoarseCalib, strength=0.7), 0.0, 0.5),
+        (partial(MediumCalib, strength=0.4), 2.0, 1.0),
+    ],
     ids=["coarse, shifted", "coarse, flattened", "medium, shifted"],
 )
 def test_another_light_is_drawn_to_the_source(make: Make, shift: float, scale: float) -> None:

@@ -37,8 +37,8 @@ def test_defaults() -> None:
     assert MGFCConfig().to_dict() == {
         "rank": 16,
         "layers": "all",
-        "coarse": {"strength": 0.7, "layers": "first:6", "loss_weight": 0.0},
-        "medium": {"num_prototypes": 16, "temperature": 0.05, "strength": 0.2, "layers": "last:4", "loss_weight": 0.0},
+        "coarse": {"strength": 1.0, "layers": "first:6", "loss_weight": 0.0},
+        "medium": {"num_prototypes": 16, "temperature": 0.05, "strength": 1.0, "layers": "last:4", "loss_weight": 0.0},
         "fine": {"kernel_size": 3, "layers": "last:4", "loss_weight": 0.0},
         "num_classes": None,
     }

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgfc.calibrators.running import RunningMean
-
-# Added to variances, so that a channel without any has a logarithm.
-_EPS = 1e-6
+from mgfc.calibrators.statistics import EPS, SourceCalib
 
 
-class CoarseCalib(nn.Module):
+class CoarseCalib(SourceCalib):
     """Scene-level statistics: an image's tokens, drawn towards the mean and the spread that the source domain has.
 
     Light, weather and camera shift and stretch whole channels of a scene; so does what it holds, which is no reason to
@@ -17,13 +15,11 @@ class CoarseCalib(nn.Module):
     the patches, and t' and v' the mean and the variance that t had over the images seen in training. An image moves the
     more, the further it lies from t' than those images did:
 
-        z = mean of (t - t')^2 / v' over the 2 C statistics;   a = s max(0, 1 - 0.5 / z)
+        z = mean of (t' - t)^2 / v' over the 2 C statistics;   a = s max(0, 1 - 0.5 / z)
         X <- mu + a (mu' - mu) + (sigma' / sigma)^a (X - mu),   where t = (mu, log sigma)
 
-    The moments of t are running means and s is fixed, so that nothing here fits the source by gradient. In training mode
-    tokens pass unchanged, and the moments take them in: what is trained beside keeps to the source's full variety. A module
-    that has seen no training batch is the identity. Cost is linear in N, and the order of the patches does not matter.
-    Source: `docs/method.md`, "Coarse"; a is the positive-part estimator of James and Stein (1961).
+    In training mode tokens pass unchanged, and the statistics take them in. A module that has seen no training batch is
+    the identity. Cost is linear in N, and the order of the patches does not matter. Source: `docs/method.md`, "Coarse".
 
     Args:
         dim: channels C of the tokens.
@@ -34,12 +30,11 @@ class CoarseCalib(nn.Module):
         torch.Size([2, 54, 64])
     """
 
-    # Of the variance in training; crops and colours that augmentation draws make the rest.
-    CONTENT_SHARE = 0.5
+    # Crops and colours that augmentation draws make the rest of the variance in training.
+    USUAL = 0.5
 
-    def __init__(self, dim: int, strength: float = 0.7) -> None:
-        super().__init__()
-        self.strength = strength
+    def __init__(self, dim: int, strength: float = 1.0) -> None:
+        super().__init__(strength)
         # First and second moment of the two statistics of an image.
         self.source = RunningMean(2, 2, dim)
 
@@ -53,26 +48,9 @@ class CoarseCalib(nn.Module):
         """What calibration adds: (B, N, C) -> (B, N, C)."""
         found, (expected, square) = _statistics(tokens), self.source.value
         away = expected - found
-        distance = (away.square() / (square - expected.square()).clamp_min(_EPS)).mean(dim=(1, 2), keepdim=True)
-        strength = self.source.ready * self.strength * (1 - self.CONTENT_SHARE / distance.clamp_min(self.CONTENT_SHARE))
-        move, spread = (strength * away).unsqueeze(2).unbind(dim=1)
+        move, spread = (self.share(away, square - expected.square(), (1, 2)) * away).unsqueeze(2).unbind(dim=1)
         stretch = spread.expm1()
         return torch.addcmul(move - stretch * found[:, :1], tokens.to(found.dtype), stretch)
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Calibrates patch tokens; in training mode, takes in their statistics instead.
-
-        Args:
-            tokens: (B, h*w, C).
-            grid: (h, w) in patches; not used, since the scene has no places.
-
-        Returns:
-            (B, h*w, C).
-        """
-        if self.training:
-            self.observe(tokens)
-            return tokens
-        return tokens + self.shift(tokens).to(tokens.dtype)
 
 
 def _statistics(tokens: Tensor) -> Tensor:
@@ -80,4 +58,4 @@ def _statistics(tokens: Tensor) -> Tensor:
     tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     mean = tokens.mean(dim=1, keepdim=True)
     variance = (tokens - mean).square().mean(dim=1)  # several times as fast as torch.var on a CPU
-    return torch.stack([mean.squeeze(1), (variance + _EPS).log() / 2], dim=1)
+    return torch.stack([mean.squeeze(1), (variance + EPS).log() / 2], dim=1)

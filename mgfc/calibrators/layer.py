@@ -75,17 +75,13 @@ class CalibLayer(nn.Module):
         """
         delta: Tensor | None = None
         for stage in (self.coarse, self.medium):
-            if stage is None:
-                continue
-            if self.training:
-                stage.observe(tokens)
-            else:
-                delta = _plus(stage.shift(_plus(tokens, delta)).to(tokens.dtype), delta)
+            if stage is not None:
+                delta = _sum(delta, stage.delta(_plus(tokens, delta)))
         if self.medium is not None and record is not None:
             record["similarity"] = self.medium.similarity(tokens)
         if self.fine is not None and grid is not None:
             shift, share = self.fine.shift(_plus(tokens, delta), grid)
-            delta = _plus(shift, delta)
+            delta = _sum(delta, shift)
             if record is not None:
                 record["share"] = share
         return delta
@@ -97,3 +93,7 @@ class CalibLayer(nn.Module):
 
 def _plus(tokens: Tensor, delta: Tensor | None) -> Tensor:
     return tokens if delta is None else tokens + delta
+
+
+def _sum(delta: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return delta if other is None else _plus(other, delta)

@@ -1,0 +1,67 @@
+"""What coarse and medium calibration share: statistics of the source, taken in by training and applied by evaluation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mgfc.calibrators.running import RunningMean
+
+# Added to variances, so that a statistic without any has a distance, and a channel without any a logarithm.
+EPS = 1e-6
+
+
+class SourceCalib(nn.Module):
+    """Draws statistics of an image's patch tokens towards those that the source domain has, as far as they lie outside.
+
+    For statistics t of an image, whose mean and variance over the images of the source are t' and v':
+
+        z = mean of (t' - t)^2 / v';   a = s max(0, 1 - usual / z);   t <- t + a (t' - t)
+
+    In training mode tokens pass unchanged, and the statistics take them in: what is trained beside keeps to the source's
+    full variety. A module that has seen no training batch is the identity. Nothing here fits the source by gradient.
+    Source: `docs/method.md`, "Coarse"; a is the positive-part estimator of James and Stein (1961).
+
+    Args:
+        strength: s; 0 leaves an image as it is, 1 gives one that is far from all others the source's statistics.
+    """
+
+    USUAL: float
+    """A z that is no reason to move; on average it is 1 over the images of the source."""
+    source: RunningMean
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def observe(self, tokens: Tensor) -> None:
+        """In training mode, takes in the statistics of a batch: (B, N, C)."""
+        raise NotImplementedError
+
+    def shift(self, tokens: Tensor) -> Tensor:
+        """What calibration adds: (B, N, C) -> (B, N, C)."""
+        raise NotImplementedError
+
+    def share(self, away: Tensor, variance: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+        """a, from t' - t and v'; z is a mean over `dim`, which stays with size 1."""
+        distance = (away.square() / variance.clamp_min(EPS)).mean(dim=dim, keepdim=True)
+        return self.source.ready * self.strength * (1 - self.USUAL / distance.clamp_min(self.USUAL))
+
+    def delta(self, tokens: Tensor) -> Tensor | None:
+        """What the module adds to tokens, in their dtype; in training mode nothing, and it takes them in."""
+        if self.training:
+            self.observe(tokens)
+            return None
+        return self.shift(tokens).to(tokens.dtype)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Calibrates patch tokens; in training mode, takes in their statistics instead.
+
+        Args:
+            tokens: (B, h*w, C).
+            grid: (h, w) in patches; not used, since these statistics have no places.
+
+        Returns:
+            (B, h*w, C).
+        """
+        delta = self.delta(tokens)
+        return tokens if delta is None else tokens + delta
