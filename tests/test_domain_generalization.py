@@ -303,6 +303,38 @@ def tiny_settings(**changes: Any) -> training.Settings:
     return training.Settings(**(values | changes))
 
 
+class TestSearch:
+    def test_goes_on_until_the_best_has_neighbours_and_repeats_the_best_two(self) -> None:
+        scores = {1e-4: 1.0, 3e-4: 2.0, 1e-3: 4.0, 3e-3: 5.0, 1e-2: 3.0}
+        found: plan.Found = {100: {}, 101: {}}
+        rounds = []
+        while trials := plan.next_trials("mgfc", found):
+            rounds.append(trials)
+            for lr, seed in trials:
+                found[seed][lr] = scores[lr]
+        assert rounds == [
+            [(1e-4, 100), (3e-4, 100), (1e-3, 100)],
+            [(3e-3, 100)],
+            [(1e-2, 100)],
+            [(1e-3, 101), (3e-3, 101)],
+        ]
+
+    def test_goes_down_as_well(self) -> None:
+        assert plan.next_trials("full", {100: {1e-5: 3.0, 3e-5: 2.0, 1e-4: 1.0}, 101: {}}) == [(3e-6, 100)]
+
+    def test_the_mean_over_seeds_decides_and_an_unfinished_search_nothing(self, tmp_path: Path) -> None:
+        values = {(1e-4, 100): 1, (3e-4, 100): 4, (1e-3, 100): 3, (3e-4, 101): 1, (1e-3, 101): 3}
+        with (tmp_path / "tuning.jsonl").open("w") as file:
+            for (lr, seed), value in values.items():
+                if seed == 101 and lr == 1e-3:
+                    with pytest.raises(SystemExit, match="run the suite `tuning` first"):
+                        plan.tuned_lr(tmp_path, "small", "rein")
+                made = {"method": "rein", "size": [168, 224], "lr": lr, "seed": seed}
+                file.write(json.dumps({"settings": made, "miou": {"val": value}}) + "\n")
+                file.flush()
+        assert plan.tuned_lr(tmp_path, "small", "rein") == 1e-3
+
+
 class TestRuns:
     def test_resumes_where_it_was(self, data: Path, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         settings, checkpoint = tiny_settings(average=0.5), tmp_path / "run.pt"
@@ -359,15 +391,18 @@ class TestRuns:
     ) -> None:
         tiny = {"steps": 2, "batch_size": 1, "crop": (28, 42), "size": (42, 56), "count": 1}
         monkeypatch.setitem(plan.SCALES, "small", tiny)
+        monkeypatch.setattr(plan, "LADDER", plan.START)
         places = f"--data {data} --backbone {backbone} --results {tmp_path} --device cpu".split()
         monkeypatch.chdir(ROOT / "examples")
         with pytest.raises(SystemExit, match=r"No learning rate for rein.*run the suite `tuning` first"):
             command.main(["suite", "peers", "--methods", "rein", *places])
         command.main(["suite", "tuning", "--methods", "rein", *places])
         tuning = report.read(tmp_path / "tuning.jsonl")
-        assert [run["settings"]["lr"] for run in tuning] == list(plan.GRID)
+        first, second = ([r["settings"]["lr"] for r in tuning if r["settings"]["seed"] == s] for s in plan.TUNING_SEEDS)
+        assert first == list(plan.START) and len(second) == 2
         assert all(run["settings"]["split"] == "val" and set(run["miou"]) == {"val"} for run in tuning)
-        best = max(tuning, key=lambda run: run["miou"]["val"])["settings"]["lr"]
+        found = [(run["miou"]["val"], run["settings"]["lr"]) for run in tuning]
+        best = max(second, key=lambda lr: sum(value for value, tried in found if tried == lr))
         for _ in range(2):
             command.main(["suite", "peers", "--methods", "frozen", "rein", "--seeds", "0", "--jobs", "2", *places])
         runs = report.read(tmp_path / "runs.jsonl")

@@ -105,17 +105,17 @@ def command_of(settings: Settings, file: str, args: argparse.Namespace) -> list[
 
 def run_suite(args: argparse.Namespace) -> None:
     file = "tuning.jsonl" if args.name == "tuning" else "runs.jsonl"
-    before = done(args.results / file)
-    todo = [settings for settings in plan.SUITES[args.name](args) if as_json(settings) not in before]
-    print(f"{len(todo)} runs to do")
 
     def one(settings: Settings) -> int:
         return subprocess.run(command_of(settings, file, args), check=False).returncode
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        failed = [settings for settings, code in zip(todo, pool.map(one, todo), strict=True) if code]
-    if failed:
-        raise SystemExit(f"{len(failed)} runs failed, the first one: {as_json(failed[0])}")
+    while todo := [s for s in plan.SUITES[args.name](args) if as_json(s) not in done(args.results / file)]:
+        print(f"{len(todo)} runs to do")
+        with ThreadPoolExecutor(args.jobs) as pool:
+            failed = [settings for settings, code in zip(todo, pool.map(one, todo), strict=True) if code]
+        if failed:
+            raise SystemExit(f"{len(failed)} runs failed, the first one: {as_json(failed[0])}")
+    print("All runs are done")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

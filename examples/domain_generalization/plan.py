@@ -17,10 +17,12 @@ SCALES: dict[str, dict[str, Any]] = {
     "full": {"steps": 2000, "batch_size": 8, "crop": (252, 336), "size": (336, 448), "count": 96},
 }
 SEEDS = (0, 1, 2)
-# Three learning rates for each method, tried on the validation split of the source with a seed that no table uses.
-GRID = (1e-4, 3e-4, 1e-3)
-GRIDS = {"full": (1e-5, 3e-5, 1e-4), "vpt_deep": (1e-3, 3e-3, 1e-2)}
-TUNING_SEED = 100
+# Learning rates that the search may try, those that it begins with, and its seeds, which no table uses.
+LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+START = (1e-4, 3e-4, 1e-3)
+STARTS = {"full": (1e-5, 3e-5, 1e-4), "vpt_deep": (1e-3, 3e-3, 1e-2)}
+TUNING_SEEDS = (100, 101)
+Found = dict[int, dict[float, float]]  # validation mIoU by seed and learning rate
 
 # What is changed in mgfc's default configuration.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -31,32 +33,53 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def searched(results: Path, scale: str, method: str) -> Found:
+    """What the search has found so far."""
+    found: Found = {seed: {} for seed in TUNING_SEEDS}
+    for record in read(results / "tuning.jsonl"):
+        made = record["settings"]
+        if made["method"] == method and tuple(made["size"]) == SCALES[scale]["size"]:
+            found[made["seed"]][made["lr"]] = record["miou"]["val"]
+    return found
+
+
+def next_trials(method: str, found: Found) -> list[tuple[float, int]]:
+    """Learning rates and seeds that the search tries next; none once it is done.
+
+    With the first seed it goes on until the best rate has both its neighbours tried; the best two meet the second seed.
+    """
+    first, second = (found[seed] for seed in TUNING_SEEDS)
+    missing = [lr for lr in STARTS.get(method, START) if lr not in first]
+    if not missing:
+        place = LADDER.index(max(first, key=first.__getitem__))
+        missing = [lr for lr in LADDER[max(0, place - 1) : place + 2] if lr not in first]
+    if missing:
+        return [(lr, TUNING_SEEDS[0]) for lr in missing]
+    best = sorted(first, key=first.__getitem__)[-2:]
+    return [(lr, TUNING_SEEDS[1]) for lr in best if lr not in second]
+
+
 def tuned_lr(results: Path, scale: str, method: str) -> float:
-    """The learning rate with the best validation on the source `synth_town`.
+    """The learning rate with the best mean validation on the source `synth_town`.
 
     Raises:
-        SystemExit: if the search has not been run.
+        SystemExit: if the search has not been run to its end.
     """
     if method == "frozen":
         return 0.0
-    size = SCALES[scale]["size"]
-    found = {
-        record["settings"]["lr"]: record["miou"]["val"]
-        for record in read(results / "tuning.jsonl")
-        if record["settings"]["method"] == method and tuple(record["settings"]["size"]) == size
-    }
-    if not found:
+    found = searched(results, scale, method)
+    if next_trials(method, found):
         raise SystemExit(f"No learning rate for {method} at the scale {scale!r}: give --lr, or run the suite `tuning` first.")
-    return max(found, key=lambda lr: found[lr])
+    return max(found[TUNING_SEEDS[1]], key=lambda lr: sum(found[seed][lr] for seed in TUNING_SEEDS))
 
 
 def tuning(args: argparse.Namespace) -> Iterator[Settings]:
-    """The search: whole runs, scored on the source's validation split alone."""
+    """The next runs of the search: whole ones, scored on the source's validation split alone."""
     budget = SCALES[args.scale] | {"split": "val"}
     for method in args.methods:
         if method != "frozen":
-            for lr in GRIDS.get(method, GRID):
-                yield Settings(method=method, source="synth_town", seed=TUNING_SEED, lr=lr, **budget)
+            for lr, seed in next_trials(method, searched(args.results, args.scale, method)):
+                yield Settings(method=method, source="synth_town", seed=seed, lr=lr, **budget)
 
 
 def peers(args: argparse.Namespace) -> Iterator[Settings]:
