@@ -241,6 +241,8 @@ class TestTables:
         runs += [full_record("mgfc", seed, 38.0 + 2 * seed, {"coarse": None}) for seed in range(3)]
         runs += [full_record("mgfc", 0, 99.0, {"rank": 8}), full_record("mgfc", 0, 99.0, height=336)]
         (tmp_path / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+        short = [full_record("rein", seed, 0.0) | {"seconds_per_step": 0.5 + seed**2} for seed in range(3)]
+        (tmp_path / "cost.jsonl").write_text("".join(json.dumps(run) + "\n" for run in short))
         return tables.sections(tmp_path, (168, 224))
 
     def test_peers_are_ranked_and_paired(self, found: dict[str, str]) -> None:
@@ -249,8 +251,10 @@ class TestTables:
             "| +0.00 [+0.00, +0.00] | +2.00 [-0.48, +4.48] |",
             "| **mgfc** | 3 | 50.00 ± 0.00 | 42.00 ± 2.00 | 32.00 ± 2.00 | 37.00 ± 2.00 |  |  |",
         ]
-        assert "| Rein, low-rank tokens | 0.001 | 1,000 | 0.50 | 100 |" in found["cost"]
         assert "| **mgfc** | 42.0 | 42.0 |" in found["synth_town classes"]
+
+    def test_cost_is_the_median_of_runs_of_its_own(self, found: dict[str, str]) -> None:
+        assert found["cost"].splitlines()[2:] == ["| Rein, low-rank tokens | 0.001 | 1,000 | 1.50 | 100 |"]
 
     def test_ablations_are_paired_with_the_default(self, found: dict[str, str]) -> None:
         rows = found["synth_town ablations"].splitlines()[2:]

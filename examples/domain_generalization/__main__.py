@@ -104,7 +104,7 @@ def command_of(settings: Settings, file: str, args: argparse.Namespace) -> list[
 
 
 def run_suite(args: argparse.Namespace) -> None:
-    file = "tuning.jsonl" if args.name == "tuning" else "runs.jsonl"
+    file = plan.FILES[args.name]
 
     def one(settings: Settings) -> int:
         return subprocess.run(command_of(settings, file, args), check=False).returncode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ START = (1e-4, 3e-4, 1e-3)
 STARTS = {"full": (1e-5, 3e-5, 1e-4), "vpt_deep": (1e-3, 3e-3, 1e-2)}
 TUNING_SEEDS = (100, 101)
 Found = dict[int, dict[float, float]]  # validation mIoU by seed and learning rate
+
+COST_STEPS = 20
 
 # What is changed in mgfc's default configuration.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -103,4 +106,13 @@ def settings(args: argparse.Namespace, method: str, source: str, seed: int, opti
     return Settings(method=method, source=source, seed=seed, lr=lr, options=options or {}, **SCALES[args.scale])
 
 
-SUITES = {"tuning": tuning, "peers": peers, "ablations": ablations}
+def cost(args: argparse.Namespace) -> Iterator[Settings]:
+    """Short runs for time and memory, a seed at a time, so that a slow hour of the machine meets all methods."""
+    for seed in args.seeds:
+        for method in args.methods:
+            yield replace(settings(args, method, "synth_town", seed), steps=COST_STEPS, split="val", count=1)
+
+
+SUITES = {"tuning": tuning, "peers": peers, "ablations": ablations, "cost": cost}
+# Where each suite's results are.
+FILES = {"tuning": "tuning.jsonl", "peers": "runs.jsonl", "ablations": "runs.jsonl", "cost": "cost.jsonl"}

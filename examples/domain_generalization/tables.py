@@ -8,7 +8,7 @@ from statistics import mean, median
 
 from domain_generalization import report
 from domain_generalization.domains import SOURCES
-from domain_generalization.plan import VARIANTS
+from domain_generalization.plan import FILES, VARIANTS
 from domain_generalization.report import Record
 
 OURS = "mgfc"
@@ -62,7 +62,7 @@ def paired(ours: Sequence[Record], theirs: Sequence[Record], of: str = "unseen")
 
 
 def cost(runs: Sequence[Record]) -> list[str]:
-    """Trained parameters, and the median seconds a step and peak memory: runs share a machine with others."""
+    """Trained parameters, and the median seconds a step and peak memory."""
     seconds, peak = (median(run[key] for run in runs) for key in ("seconds_per_step", "peak_memory_mib"))
     return [f"{runs[0]['parameters']:,}", f"{seconds:.2f}", f"{peak:.0f}"]
 
@@ -159,9 +159,9 @@ def plot(groups_by_source: Mapping[str, Groups], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def gather(results: Path, size: tuple[int, int]) -> dict[str, list[Record]]:
+def gather(results: Path, size: tuple[int, int], suite: str = "peers") -> dict[str, list[Record]]:
     """Runs at one scale by source, in the order of `SOURCES`."""
-    records = report.read(results / "runs.jsonl")
+    records = report.read(results / FILES[suite])
     found = {source: select(records, size, source) for source in SOURCES}
     return {source: runs for source, runs in found.items() if runs}
 
@@ -182,7 +182,8 @@ def sections(results: Path, size: tuple[int, int], min_seeds: int = 1) -> dict[s
         raise SystemExit(f"No runs of {size[0]} x {size[1]} images in {results / 'runs.jsonl'}: run the suite `peers` first.")
     groups = {source: enough(by_method(found), min_seeds) for source, found in runs.items()}
     parts = {"summary": summary_table(groups), "protocol": protocol(next(iter(runs.values())))}
-    parts["cost"] = cost_table(next(iter(groups.values())))
+    for short in gather(results, size, "cost").values():
+        parts["cost"] = cost_table(by_method(short))
     for source, found in groups.items():
         parts[f"{source} peers"] = peers_table(found)
         parts[f"{source} targets"] = targets_table(found)
