@@ -64,9 +64,8 @@ class MediumCalib(SourceCalib):
 
     def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Means over the source's images: q (K, 1), q c and q c^2 (K, C)."""
-        dim = self.source.value.shape[1] // 2
-        shares, sums, squares = self.source.value.split((1, dim, dim), dim=1)
-        return shares, sums, squares
+        value, dim = self.source.value, self.source.value.shape[1] // 2
+        return value[:, :1], value[:, 1 : dim + 1], value[:, dim + 1 :]
 
     def _assign(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A, and q and q c of each image: (B, N, K), (B, K, 1), (B, K, C)."""
