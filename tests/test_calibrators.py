@@ -349,6 +349,24 @@ def test_an_image_like_the_sources_stays_as_it_is_and_one_far_off_is_drawn_all_t
     assert ((mean - expected[0]).abs() < spread).all()
 
 
+def test_a_category_like_the_sources_stays_as_it_is_and_one_far_off_is_drawn_to_it() -> None:
+    module = MediumCalib(12, num_prototypes=4).eval()
+    centroids = 3 * torch.eye(4, 12)
+    with torch.no_grad():
+        module.source.value.copy_(torch.cat([torch.ones(4, 1), centroids, centroids.square() + 0.1**2], dim=1) / 4)
+        module.source.count.fill_(1)
+    usual = centroids.repeat(15, 1).unsqueeze(0)
+    assert torch.equal(module(usual), usual)
+    inside, outside = usual.clone(), usual.clone()
+    inside[:, ::4] += 0.09
+    outside[:, ::4] += 0.5
+    assert (module(inside) - inside).abs().max() < 1e-6
+    left, before = (module(outside) - usual)[:, ::4].square().mean(), (outside - usual)[:, ::4].square().mean()
+    assert left < 0.05 * before, "its share of the image makes it certain, but not quite"
+    others = torch.arange(60) % 4 > 0
+    assert (module(outside) - outside)[:, others].abs().max() < 1e-3, "the other categories stay"
+
+
 def test_a_running_mean_is_plain_at_first_and_exponential_later() -> None:
     mean, values = RunningMean(3, momentum=0.25), torch.randn(10, 3)
     expected = torch.zeros(3)
