@@ -247,14 +247,14 @@ class TestTables:
 
     def test_peers_are_ranked_and_paired(self, found: dict[str, str]) -> None:
         assert found["synth_town peers"].splitlines()[2:] == [
-            "| Rein, low-rank tokens | 3 | 50.00 ± 0.00 | 40.00 ± 1.00 | 30.00 ± 1.00 | 35.00 ± 1.00 "
+            "| Rein, low-rank tokens | 0.001 | 3 | 50.00 ± 0.00 | 40.00 ± 1.00 | 30.00 ± 1.00 | 35.00 ± 1.00 "
             "| +0.00 [+0.00, +0.00] | +2.00 [-0.48, +4.48] |",
-            "| **mgfc** | 3 | 50.00 ± 0.00 | 42.00 ± 2.00 | 32.00 ± 2.00 | 37.00 ± 2.00 |  |  |",
+            "| **mgfc** | 0.001 | 3 | 50.00 ± 0.00 | 42.00 ± 2.00 | 32.00 ± 2.00 | 37.00 ± 2.00 |  |  |",
         ]
         assert "| **mgfc** | 42.0 | 42.0 |" in found["synth_town classes"]
 
     def test_cost_is_the_median_of_runs_of_its_own(self, found: dict[str, str]) -> None:
-        assert found["cost"].splitlines()[2:] == ["| Rein, low-rank tokens | 0.001 | 1,000 | 1.50 | 100 |"]
+        assert found["cost"].splitlines()[2:] == ["| Rein, low-rank tokens | 1,000 | 1.50 | 100 |"]
 
     def test_ablations_are_paired_with_the_default(self, found: dict[str, str]) -> None:
         rows = found["synth_town ablations"].splitlines()[2:]

@@ -73,19 +73,20 @@ def ranked(groups: Groups) -> list[str]:
 
 
 def peers_table(groups: Groups) -> str:
-    """A row a method, from the worst to the best: mIoU, and mgfc's paired lead over it."""
+    """A row a method, from the worst to the best: learning rate, mIoU, and mgfc's paired lead over it."""
     rows = []
     for method in ranked(groups):
         runs = groups[method]
         leads = [paired(groups.get(OURS, []), runs, of) for of in ("in-domain", "unseen")]
-        rows.append([TITLES[method], str(len(runs)), *figures(runs), *leads])
-    return report.markdown(["method", "seeds", *COLUMNS, "mgfc's lead, in-domain", "mgfc's lead, unseen"], rows)
+        rows.append([TITLES[method], f"{runs[0]['settings']['lr']:g}", str(len(runs)), *figures(runs), *leads])
+    header = ["method", "learning rate", "seeds", *COLUMNS, "mgfc's lead, in-domain", "mgfc's lead, unseen"]
+    return report.markdown(header, rows)
 
 
 def cost_table(groups: Groups) -> str:
-    """A row a method: learning rate, trained parameters, seconds a step, peak memory."""
-    rows = [[TITLES[method], f"{runs[0]['settings']['lr']:g}", *cost(runs)] for method, runs in groups.items()]
-    return report.markdown(["method", "learning rate", "trained parameters", "s / step", "peak MiB"], rows)
+    """A row a method: trained parameters, seconds a step, peak memory."""
+    rows = [[TITLES[method], *cost(runs)] for method, runs in groups.items()]
+    return report.markdown(["method", "trained parameters", "s / step", "peak MiB"], rows)
 
 
 def targets_table(groups: Groups) -> str:
