@@ -218,8 +218,10 @@ class TestReport:
         assert str(report.difference({0: 1.0}, {0: 2.0})) == "-1.00 (one seed)"
 
 
-def full_record(method: str, seed: int, dusk: float, options: dict[str, Any] | None = None, height: int = 168) -> report.Record:
-    settings = training.Settings(method, "synth_town", seed, 1e-3, size=(height, 224), options=options or {})
+def full_record(
+    method: str, seed: int, dusk: float, options: dict[str, Any] | None = None, height: int = 168, lr: float = 1e-3
+) -> report.Record:
+    settings = training.Settings(method, "synth_town", seed, lr, size=(height, 224), options=options or {})
     iou = {name: {"sky": value, "road": value} for name, value in (("val", 50.0), ("dusk", dusk), ("fog", dusk - 10))}
     return {
         "settings": asdict(settings),
@@ -236,7 +238,8 @@ def full_record(method: str, seed: int, dusk: float, options: dict[str, Any] | N
 class TestTables:
     @pytest.fixture
     def found(self, tmp_path: Path) -> dict[str, str]:
-        runs = [full_record("mgfc", seed, 40.0 + 2 * seed) for seed in range(3)]
+        runs = [full_record("rein", seed, 99.0, lr=1e-4) for seed in range(4)]  # of an earlier search
+        runs += [full_record("mgfc", seed, 40.0 + 2 * seed) for seed in range(3)]
         runs += [full_record("rein", seed, 39.0 + seed) for seed in range(3)]
         runs += [full_record("mgfc", seed, 38.0 + 2 * seed, {"coarse": None}) for seed in range(3)]
         runs += [full_record("mgfc", 0, 99.0, {"rank": 8}), full_record("mgfc", 0, 99.0, height=336)]

@@ -36,9 +36,11 @@ def select(records: Iterable[Record], size: tuple[int, int], source: str) -> lis
 
 
 def by_method(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Runs of each method in its default form."""
+    """Runs of each method in its default form, with the learning rate of its last run."""
     plain = [r for r in records if not r["settings"]["options"]]
-    found = {method: [r for r in plain if r["settings"]["method"] == method] for method in TITLES}
+    lr = {r["settings"]["method"]: r["settings"]["lr"] for r in plain}
+    last = [r for r in plain if r["settings"]["lr"] == lr[r["settings"]["method"]]]
+    found = {method: [r for r in last if r["settings"]["method"] == method] for method in TITLES}
     return {method: runs for method, runs in found.items() if runs}
 
 
