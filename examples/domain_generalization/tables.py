@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from domain_generalization import report
 from domain_generalization.domains import SOURCES
@@ -148,17 +149,22 @@ def plot(groups_by_source: Mapping[str, Groups], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "mgfc"
-    shape = {"figsize": (5 * len(groups_by_source), 3.6), "layout": "constrained", "squeeze": False}
+    shape = {"figsize": (4 * len(groups_by_source) + 3, 3.6), "layout": "constrained", "squeeze": False}
+    looks = {method: {"marker": marker} for method, marker in zip(TITLES, "osv^<>DPXhdp*", strict=False)}
+    looks[OURS] |= {"color": "black", "markersize": 9}
     figure, panels = plt.subplots(1, len(groups_by_source), **shape)
     for panel, (source, groups) in zip(panels[0], groups_by_source.items(), strict=True):
         for method, runs in groups.items():
             values = list(report.by_seed(runs, "unseen").values())
             place = max(runs[0]["parameters"], 1e4), mean(values)
             spread = [[place[1] - min(values)], [max(values) - place[1]]]
-            panel.errorbar(*place, yerr=spread, fmt="o", color="tab:red" if method == OURS else "tab:gray")
-            panel.annotate(TITLES[method].strip("*"), place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+            panel.errorbar(*place, yerr=spread, linestyle="none", label=TITLES[method].strip("*"), **looks[method])
         panel.set(xscale="log", ylabel="mean unseen mIoU", title=f"trained on {source}")
-        panel.set_xlabel("trained parameters beside the head (none: at the left edge)")
+        panel.set_xlabel("trained parameters (none: at the left edge)")
+    names: dict[str, Any] = {}
+    for panel in panels[0]:
+        names |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(names.values(), names, loc="outside right center", fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 
