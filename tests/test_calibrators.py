@@ -392,6 +392,14 @@ def test_statistics_stay_in_full_precision(make: Make, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+def test_squares_of_large_activations_fit_into_the_statistics_of_half_precision(make: Make) -> None:
+    module = make(12).to(torch.float16).train()
+    for _ in range(2):
+        module(1000 + 50 * torch.randn(2, 20, 12, dtype=torch.float16), (4, 5))
+    assert all(buffer.isfinite().all() for buffer in module.buffers())
+
+
+@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
 def test_images_that_pass_one_by_one_are_one_batch(make: Make) -> None:
     together, apart = (trained_on(make(12), domain(0.0, 1.0), batches=2).train() for _ in range(2))
     tokens = domain(1.0, 0.8)[:3]

@@ -48,7 +48,7 @@ class CoarseCalib(SourceCalib):
         """What calibration adds: (B, N, C) -> (B, N, C)."""
         found, (expected, square) = _statistics(tokens), self.source.value
         away = expected - found
-        move, spread = (self.share(away, square - expected.square(), (1, 2)) * away).unsqueeze(2).unbind(dim=1)
+        move, spread = (self.fraction(away, square - expected.square(), (1, 2)) * away).unsqueeze(2).unbind(dim=1)
         stretch = spread.expm1()
         return torch.addcmul(move - stretch * found[:, :1], tokens.to(found.dtype), stretch)
 

@@ -81,7 +81,7 @@ class MediumCalib(SourceCalib):
         prototypes = _centroids(source_shares, source_sums)
         away = prototypes - _centroids(shares, sums)
         variance = _centroids(source_shares, source_squares) - prototypes.square()
-        offset = self.share(away, variance, -1) * shares / (shares + self.CERTAIN_SHARE) * away
+        offset = self.fraction(away, variance, -1) * shares / (shares + self.CERTAIN_SHARE) * away
         with torch.autocast(tokens.device.type, enabled=False):
             return assignment @ offset.to(assignment.dtype)
 
@@ -99,7 +99,7 @@ class MediumCalib(SourceCalib):
         count = len(tokens)
         places = torch.arange(self.num_prototypes, device=tokens.device) * count * size // self.num_prototypes - rank * count
         own = (places >= 0) & (places < count)
-        chosen = tokens[places.clamp(0, count - 1)]
+        chosen = tokens[places.clamp(0, count - 1)].to(torch.promote_types(tokens.dtype, torch.float32))
         moments = torch.cat([torch.ones_like(chosen[:, :1]), chosen, chosen.square()], dim=1) / self.num_prototypes
         return moments * own.unsqueeze(-1) * size  # the mean over processes makes them one batch
 

@@ -41,7 +41,7 @@ class SourceCalib(nn.Module):
         """What calibration adds: (B, N, C) -> (B, N, C)."""
         raise NotImplementedError
 
-    def share(self, away: Tensor, variance: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    def fraction(self, away: Tensor, variance: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """a, from t' - t and v'; z is a mean over `dim`, which stays with size 1."""
         distance = (away.square() / variance.clamp_min(EPS)).mean(dim=dim, keepdim=True)
         return self.source.ready * self.strength * (1 - self.USUAL / distance.clamp_min(self.USUAL))
