@@ -109,7 +109,11 @@ def run_suite(args: argparse.Namespace) -> None:
     def one(settings: Settings) -> int:
         return subprocess.run(command_of(settings, file, args), check=False).returncode
 
-    while todo := [s for s in plan.SUITES[args.name](args) if as_json(s) not in done(args.results / file)]:
+    def missing() -> list[Settings]:
+        before = done(args.results / file)
+        return [settings for settings in plan.SUITES[args.name](args) if as_json(settings) not in before]
+
+    while todo := missing():  # what the search tries next depends on what it has found
         print(f"{len(todo)} runs to do")
         with ThreadPoolExecutor(args.jobs) as pool:
             failed = [settings for settings, code in zip(todo, pool.map(one, todo), strict=True) if code]

@@ -53,12 +53,11 @@ class MediumCalib(SourceCalib):
 
     def similarity(self, tokens: Tensor) -> Tensor:
         """The logits of A: (B, N, C) -> (B, N, K)."""
-        shares, sums, _ = self._moments()
-        mean = sums.sum(dim=0)
+        prototypes, mean = self.prototypes(), self._moments()[1].sum(dim=0)
         with torch.autocast(tokens.device.type, enabled=False):  # offsets are small differences of large numbers
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
             middle = (mean + tokens.mean(dim=1, keepdim=True)) / 2
-            directions = F.normalize(_centroids(shares, sums) - mean, dim=-1)
+            directions = F.normalize(prototypes - mean, dim=-1)
             similarity: Tensor = F.normalize(tokens - middle, dim=-1) @ directions.to(tokens.dtype).mT / self.temperature
         return similarity
 
@@ -77,8 +76,8 @@ class MediumCalib(SourceCalib):
     def shift(self, tokens: Tensor) -> Tensor:
         """What calibration adds: (B, N, C) -> (B, N, C)."""
         assignment, shares, sums = self._assign(tokens)
-        source_shares, source_sums, source_squares = self._moments()
-        prototypes = _centroids(source_shares, source_sums)
+        source_shares, _, source_squares = self._moments()
+        prototypes = self.prototypes()
         away = prototypes - _centroids(shares, sums)
         variance = _centroids(source_shares, source_squares) - prototypes.square()
         offset = self.fraction(away, variance, -1) * shares / (shares + self.CERTAIN_SHARE) * away
