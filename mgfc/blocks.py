@@ -175,26 +175,27 @@ class BlockHooks:
         except ValueError as error:
             raise self._error(str(error)) from None
         mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
-        delta = self._delta(layer, view, mask)
-        refined = tensor if delta is None else tensor + view.scatter(delta).to(tensor.dtype)
+        patches = view.patches.to(next(layer.parameters()).dtype)
+        calibrated = self._calibrate(layer, patches, view, mask)
+        refined = tensor if calibrated is patches else view.put_back(calibrated, tensor)
         tag(view.grid, first_tensor(args, kwargs), refined)
         if self.watched:
             changed = bool(self.adapted) or not torch.equal(tensor, refined)
             places = view.grid, view.patches.shape[1], view.leading, view.trailing
             self.report = BlockReport(self.name, tuple(tensor.shape), *places, changed)
-        return None if delta is None else put_tensor(output, tensor, refined)
+        return None if refined is tensor else put_tensor(output, tensor, refined)
 
-    def _delta(self, layer: CalibLayer | ReinCalib, view: PatchView, mask: Tensor | None) -> Tensor | None:
-        """What the layer adds to the patches that leave the block; `mask` tells real tokens from padding."""
+    def _calibrate(self, layer: CalibLayer | ReinCalib, patches: Tensor, view: PatchView, mask: Tensor | None) -> Tensor:
+        """The patches that leave the block, as the layer makes them; `mask` tells real tokens from padding."""
         record = self.calibration.adapter.record(self.index)
         if record is not None:
-            record |= {"grid": view.grid, "batch": len(view.patches)}
-        patches = view.patches.to(next(layer.parameters()).dtype)
+            record |= {"grid": view.grid, "batch": len(patches)}
         if mask is None:
-            return layer.delta(patches, view.grid, record)
+            calibrated: Tensor = layer(patches, view.grid, record)
+            return calibrated
         if record is not None:
             record.pop("scene", None)  # it has padding in it
-        return _padded_delta(layer, patches, mask[:, view.leading :])
+        return _calibrate_real(layer, patches, mask[:, view.leading :])
 
     def _error(self, problem: str) -> CalibrationError:
         return CalibrationError(
@@ -203,13 +204,10 @@ class BlockHooks:
         )
 
 
-def _padded_delta(layer: CalibLayer | ReinCalib, patches: Tensor, valid: Tensor) -> Tensor | None:
-    """What the layer adds to each image's real patches alone; padding stays as it is."""
-    delta = torch.zeros_like(patches)
-    found = None
+def _calibrate_real(layer: CalibLayer | ReinCalib, patches: Tensor, valid: Tensor) -> Tensor:
+    """Each image's real patches as the layer makes them of these alone; padding stays as it is."""
+    calibrated = patches.clone()
     with as_one_batch(layer):
         for index in range(len(patches)):
-            found = layer.delta(patches[index : index + 1, valid[index]], None)
-            if found is not None:
-                delta[index, valid[index]] = found[0].to(delta.dtype)
-    return None if found is None else delta
+            calibrated[index, valid[index]] = layer(patches[index : index + 1, valid[index]], None)[0].to(patches.dtype)
+    return calibrated

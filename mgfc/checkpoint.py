@@ -24,7 +24,7 @@ from mgfc.backbones.description import BlockWidths, block_widths, describe
 from mgfc.backbones.detection import Tower
 from mgfc.config import AdapterConfig, MGFCConfig, method_of
 from mgfc.config import read_config as read_calibration
-from mgfc.distributed import process, whole
+from mgfc.distributed import gathered, process, whole
 from mgfc.errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, ConfigError
 from mgfc.heads import SegmentationHead
 
@@ -53,7 +53,8 @@ def save_pretrained(
 ) -> None:
     """Writes the active adapter into a directory.
 
-    Under `torch.distributed` the first process writes, and all have to call this where parameters are sharded (FSDP).
+    Under `torch.distributed` the first process writes, and all have to call this where parameters are sharded (FSDP,
+    ZeRO-3).
 
     The save is atomic: whatever interrupts it, a reader finds the files of before or those of now. Other files in the
     directory stay; so does a model card that was edited (one without the mark that generated cards carry).
@@ -74,22 +75,19 @@ def save_pretrained(
         UserWarning: if the calibrators were trained, but in eval mode, so that their statistics are empty.
     """
     adapter = calibration.adapter
-    if adapter.num_batches == 0 and any(
-        whole(p).any() for name, p in adapter.named_parameters() if name.endswith(".up.weight")
-    ):
-        warnings.warn(
-            "The calibrators were trained, but their statistics have seen no batch: the backbone was in eval mode, and the "
-            "coarse and medium stages have no effect. Train with backbone.train(); frozen parameters stay frozen.",
-            stacklevel=3,
-        )
     _check_notes(training or {})
-    backbone = describe(calibration.tower)
-    if base_model is not None:
-        backbone["base_model"] = base_model
     described = None if head is None else {"class": type(head).__name__, "arguments": getattr(head, "arguments", None)}
-    tuner = peft.files(calibration.backbone) if calibration.has_peft else None
-    content = {"backbone": backbone, "head": described, "training": dict(training or {}), "license": license}
-    write(Path(directory), adapter, content, head, tuner)
+    content = {"head": described, "training": dict(training or {}), "license": license}
+    with gathered(calibration.backbone, head):
+        if adapter.num_batches == 0 and any(whole(p).any() for n, p in adapter.named_parameters() if n.endswith(".up.weight")):
+            warnings.warn(
+                "The calibrators were trained, but their statistics have seen no batch: the backbone was in eval mode, and the "
+                "coarse and medium stages have no effect. Train with backbone.train(); frozen parameters stay frozen.",
+                stacklevel=3,
+            )
+        content["backbone"] = describe(calibration.tower) | ({} if base_model is None else {"base_model": base_model})
+        tuner = peft.files(calibration.backbone) if calibration.has_peft else None
+        write(Path(directory), adapter, content, head, tuner)
 
 
 def write(

@@ -1,9 +1,11 @@
-"""What little the library needs to know of `torch.distributed`."""
+"""What little the library needs to know of `torch.distributed` and of DeepSpeed."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def process() -> tuple[int, int]:
@@ -21,6 +23,17 @@ def mean_over_processes(value: Tensor) -> Tensor:
     value = value.clone()
     dist.all_reduce(value)
     return value / size
+
+
+def gathered(*modules: nn.Module | None) -> AbstractContextManager[None]:
+    """Within it, parameters that DeepSpeed's ZeRO-3 sharded are in one piece; all processes have to enter."""
+    parameters = [p for module in modules if module is not None for p in module.parameters()]
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    from deepspeed import zero
+
+    context: AbstractContextManager[None] = zero.GatheredParameters(parameters)
+    return context
 
 
 def whole(value: Tensor) -> Tensor:

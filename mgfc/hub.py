@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mgfc.adapter import GRANULARITIES
+from mgfc.distributed import process
 from mgfc.errors import AdapterNotFoundError
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def push_to_hub(
     """Uploads an adapter to the Hugging Face Hub, making the repository if it is missing.
 
     Other files in the repository stay; so does a model card that was edited. A head of before goes if there is no new one.
+    Under `torch.distributed` the first process uploads, and all have to call this where parameters are sharded.
 
     Args:
         calibration: of a wrapped backbone.
@@ -130,7 +132,7 @@ def push_to_hub(
         **card: `training`, `base_model` and `license`, as in `mgfc.checkpoint.save_pretrained`.
 
     Returns:
-        Address of the commit.
+        Address of the commit; empty in other processes than the first.
 
     Raises:
         AdapterNotFoundError: if the Hub cannot be reached or refuses.
@@ -142,6 +144,8 @@ def push_to_hub(
     api = HfApi(token=token, library_name="mgfc")
     with tempfile.TemporaryDirectory() as directory:
         save_pretrained(calibration, directory, head=head, **card)
+        if process()[0] != 0:
+            return ""
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(

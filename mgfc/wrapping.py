@@ -13,6 +13,7 @@ from mgfc.backbones.detection import Tower, find_tower
 from mgfc.calibration import Calibration
 from mgfc.checkpoint import build
 from mgfc.config import AdapterConfig
+from mgfc.distributed import gathered
 from mgfc.errors import CalibrationError, ConfigError, UnsupportedBackboneError
 from mgfc.peft import Tuner
 
@@ -74,14 +75,16 @@ def wrap_backbone(
     """
     if not isinstance(backbone, nn.Module):
         raise UnsupportedBackboneError(f"Expected a torch.nn.Module, found {type(backbone).__name__}.")
-    tower = find_tower(backbone, blocks)
-    _reject_wrapped(backbone, tower)
-    built, tuner = build(tower, adapter, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    if peft_config is not None:
-        if tuner is not None:
-            raise ConfigError(f"peft_config: {adapter} has an adapter of PEFT's of its own. Leave peft_config out.")
-        tuner = peft_config, None
-    calibration = _attach(tower, "default", built, tuner)
+    hub_options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    with gathered(backbone):
+        tower = find_tower(backbone, blocks)
+        _reject_wrapped(backbone, tower)
+        built, tuner = build(tower, adapter, **hub_options)
+        if peft_config is not None:
+            if tuner is not None:
+                raise ConfigError(f"peft_config: {adapter} has an adapter of PEFT's of its own. Leave peft_config out.")
+            tuner = peft_config, None
+        calibration = _attach(tower, "default", built, tuner)
     if freeze:
         calibration.freeze()
     return backbone

@@ -457,23 +457,32 @@ def test_without_a_grid_only_the_fine_stage_is_skipped() -> None:
     layer, tokens = active(full_layer), torch.randn(2, 12, 12)
     without = CalibLayer(12, 12, 12, 6, layer.coarse, layer.medium).eval()
     record: dict[str, Tensor] = {}
-    assert torch.equal(layer.delta(tokens, None, record), without.delta(tokens, (3, 4)))
+    assert torch.equal(layer(tokens, None, record), without(tokens, (3, 4)))
     assert set(record) == {"similarity"}
     assert not torch.equal(layer(tokens, None), layer(tokens, (3, 4)))
 
 
 def test_record_holds_what_the_losses_need() -> None:
     layer, record = active(full_layer), {}
-    layer.delta(torch.randn(2, 12, 12), (3, 4), record)
+    layer(torch.randn(2, 12, 12), (3, 4), record)
     shapes = {name: tuple(value.shape) for name, value in record.items()}
     assert shapes == {"similarity": (2, 12, 5), "share": (2, 12)}
 
 
-def test_a_layer_with_no_stage_to_run_adds_nothing_to_a_block() -> None:
+def test_a_layer_with_no_stage_to_run_returns_what_came_in() -> None:
     tokens = torch.randn(2, 12, 12)
-    assert CalibLayer(12, 12, 48, 6).delta(tokens, (3, 4)) is None
-    assert CalibLayer(12, 12, 48, 6, fine=FineCalib(12)).delta(tokens, None) is None
     assert CalibLayer(12, 12, 48, 6)(tokens, (3, 4)) is tokens
+    assert CalibLayer(12, 12, 48, 6, fine=FineCalib(12))(tokens, None) is tokens
+    assert CalibLayer(12, 12, 48, 6, CoarseCalib(12), MediumCalib(12))(tokens, (3, 4)) is tokens  # in training
+
+
+def test_every_module_with_parameters_is_called_as_one() -> None:
+    """Engines that shard or move parameters bring them back by hooks on the modules that own them."""
+    layer, called = full_layer(12), set()
+    for name, module in layer.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
+    Block(layer)(torch.randn(2, 12, 12), (3, 4))
+    assert {name.rpartition(".")[0] for name, _ in layer.named_parameters()} <= called
 
 
 # Training, precision, cost

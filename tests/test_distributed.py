@@ -1,4 +1,4 @@
-"""Several processes train as one does: DDP and FSDP2 on gloo, with checkpointing and mixed precision."""
+"""Several processes train as one does: DDP, FSDP2 and DeepSpeed on gloo, with checkpointing and mixed precision."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hub_server import HubServer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,10 +27,10 @@ from mgfc import (
     unwrap_backbone,
     wrap_backbone,
 )
-from mgfc.distributed import whole
+from mgfc.distributed import gathered, whole
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
-WORLD, STEPS, BATCH = 2, 4, 4
+WORLD, STEPS, BATCH, LR = 2, 4, 4, 0.1
 CONFIG = MGFCConfig(
     rank=8,
     num_classes=5,
@@ -66,14 +67,18 @@ def batches(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
 def train(model: nn.Module, rank: int = 0, world: int = 1, autocast: bool = False) -> list[float]:
     """The mean loss over processes of each step."""
     model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
     curve = []
     for images, labels in batches(rank, world):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = sum(model(images, labels))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        if hasattr(model, "backward"):  # an engine of DeepSpeed's, with an optimizer of its own
+            model.backward(loss)
+            model.step()
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         value = loss.detach().clone()
         if world > 1:
             dist.all_reduce(value)
@@ -90,6 +95,8 @@ def work(rank: int, kind: str, folder: str, options: dict[str, Any]) -> None:
         model.maps.backbone.set_grad_checkpointing()
     if kind == "ddp":
         wrapped = DistributedDataParallel(model)
+    elif kind.startswith("zero"):
+        wrapped = zero(model, rank, stage=int(kind[-1]))
     else:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -99,16 +106,34 @@ def work(rank: int, kind: str, folder: str, options: dict[str, Any]) -> None:
             fully_shard(block, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
     curve = train(wrapped, rank, WORLD, options.get("autocast", False))
-    if kind == "fsdp" or rank == 0:
+    if kind in ("fsdp", "zero3") or rank == 0:
         calibration.save_pretrained(f"{folder}/adapter")
-    state = {name: whole(value.detach()) for name, value in calibration.adapter.state_dict().items()}
+    if "repo" in options:
+        calibration.push_to_hub(options["repo"], head=model.head)
+    with gathered(calibration):
+        state = {name: whole(value.detach()).clone() for name, value in calibration.adapter.state_dict().items()}
     if rank == 0:
         torch.save({"curve": curve, "state": state}, f"{folder}/result.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
+def zero(model: nn.Module, rank: int, stage: int) -> Any:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH // WORLD,
+        "optimizer": {"type": "SGD", "params": {"lr": LR}},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
 def run(kind: str, folder: Path, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
+    if kind.startswith("zero"):
+        pytest.importorskip("deepspeed")
     mp.spawn(work, (kind, str(folder), options), nprocs=WORLD)
     found = torch.load(folder / "result.pt", weights_only=True)
     return found["curve"], found["state"]
@@ -123,7 +148,7 @@ def alone(**options: Any) -> tuple[list[float], dict[str, Tensor]]:
 NO_LOSSES = MGFCConfig(rank=8, medium=MediumConfig(num_prototypes=4))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1", "zero3"])
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}], ids=["plain", "checkpointing"])
 def test_two_processes_train_as_one(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     options = {"config": NO_LOSSES, **options}
@@ -147,13 +172,22 @@ def test_losses_of_the_calibrators_use_every_parameter(tmp_path: Path) -> None:
     assert len(curve) == STEPS  # DDP raises at the second step if a parameter has no gradient
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1", "zero3"])
 def test_what_was_trained_is_saved_and_loads(kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     _, state = run(kind, tmp_path, config=NO_LOSSES)
     vit = unwrap_backbone(Segmenter(NO_LOSSES).maps.backbone)
     wrap_backbone(vit, tmp_path / "adapter")
     assert all(torch.equal(value, state[key]) for key, value in vit.calibration.adapter.state_dict().items())
     assert not [warning for warning in recwarn if "other weights" in str(warning.message)]
+
+
+def test_one_process_of_all_pushes_what_is_sharded(logged_in: HubServer, tmp_path: Path) -> None:
+    repo = "org/sharded"
+    _, state = run("fsdp", tmp_path, config=NO_LOSSES, repo=repo)
+    assert len(logged_in.repos[repo].branches["main"]) == 2, "expected the repository's first commit and the adapter's"
+    assert "head.safetensors" in logged_in.files(repo)
+    vit = wrap_backbone(unwrap_backbone(Segmenter(NO_LOSSES).maps.backbone), repo)
+    assert all(torch.equal(value, state[key]) for key, value in vit.calibration.adapter.state_dict().items())
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mgfc.backbones.grid import Grid, GridTracker
 
@@ -125,20 +124,23 @@ class PatchView:
     inverse: Tensor | None = None
     windows_side: int = 0
 
-    def scatter(self, values: Tensor) -> Tensor:
-        """Gives (B, N, r) the block's own places and axes, with zeros for the extra tokens."""
+    def put_back(self, patches: Tensor, tensor: Tensor) -> Tensor:
+        """Gives (B, N, C) the axes and memory format of the block's tensor, among the extra tokens of that."""
+        patches = patches.to(tensor.dtype)
         if self.map_shape:
             assert self.grid is not None
-            return channels_back(rearrange(values, "b (h w) c -> b h w c", h=self.grid[0]), self.channels_first)
+            maps = channels_back(rearrange(patches, "b (h w) c -> b h w c", h=self.grid[0]), self.channels_first)
+            return maps.contiguous() if tensor.is_contiguous() else maps
         if self.inverse is not None:
-            values = values[:, self.inverse]
+            patches = patches[:, self.inverse]
         if self.windows_side:
             assert self.grid is not None
             side, (height, width) = self.windows_side, self.grid
-            values = rearrange(values, _RASTER, y=side, x=side, h=height // side, w=width // side)
+            patches = rearrange(patches, _RASTER, y=side, x=side, h=height // side, w=width // side)
         if self.leading or self.trailing:
-            values = F.pad(values, (0, 0, self.leading, self.trailing))
-        return values
+            end = tensor.shape[1] - self.trailing
+            patches = torch.cat([tensor[:, : self.leading], patches, tensor[:, end:]], dim=1)
+        return patches
 
 
 def channels_last(tensor: Tensor, dim: int) -> tuple[Tensor, bool]:

@@ -49,10 +49,10 @@ class FineCalib(nn.Module):
         maps = torch.cat([maps[..., :1]] * pad + [maps] + [maps[..., -1:]] * pad, dim=3)
         return F.conv2d(maps, self.kernel, groups=tokens.shape[-1]).flatten(2).mT
 
-    def shift(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """What calibration adds, and the logits of the share let through: (B, h*w, C) -> (B, h*w, C), (B, h*w)."""
+    def share(self, tokens: Tensor) -> Tensor:
+        """The logits of the share of detail that is let through at each patch: (B, h*w, C) -> (B, h*w, 1)."""
         logits: Tensor = self.select(F.layer_norm(tokens, tokens.shape[-1:]))
-        return self.gate * logits.sigmoid() * self.high_pass(tokens, grid), logits.squeeze(-1)
+        return logits
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Refines patch tokens.
@@ -73,4 +73,4 @@ class FineCalib(nn.Module):
                 f"FineCalib: expected {height} x {width} = {height * width} tokens, found {tokens.shape[1]}. "
                 "Leave extra tokens (class, registers) out."
             )
-        return tokens + self.shift(tokens, grid)[0]
+        return tokens + self.gate * self.share(tokens).sigmoid() * self.high_pass(tokens, grid)

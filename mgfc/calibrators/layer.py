@@ -8,6 +8,14 @@ from mgfc.calibrators.fine import FineCalib
 from mgfc.calibrators.medium import MediumCalib
 
 
+class PartedLinear(nn.Linear):
+    """A linear map without bias, of which some output channels can be asked for alone."""
+
+    def forward(self, input: Tensor, channels: slice = slice(None)) -> Tensor:
+        """(..., in) -> (..., channels)."""
+        return F.linear(input, self.weight[channels])
+
+
 class CalibLayer(nn.Module):
     """The calibrator of one block: a bottleneck inside its feed-forward network, and stages, from coarse to fine, behind it.
 
@@ -50,7 +58,7 @@ class CalibLayer(nn.Module):
         super().__init__()
         self.dim = dim
         self.down = nn.Linear(entry, rank, bias=False)
-        self.up = nn.Linear(rank, hidden, bias=False)
+        self.up = PartedLinear(rank, hidden, bias=False)
         nn.init.zeros_(self.up.weight)
         self.coarse = coarse
         self.medium = medium
@@ -63,37 +71,28 @@ class CalibLayer(nn.Module):
 
     def widen(self, z: Tensor, channels: slice = slice(None)) -> Tensor:
         """What the layer adds to some channels of H, by default to all: (..., r) -> (..., channels)."""
-        return F.linear(z, self.up.weight[channels])
+        h: Tensor = self.up(z, channels)
+        return h
 
-    def delta(self, tokens: Tensor, grid: tuple[int, int] | None, record: dict[str, Tensor] | None = None) -> Tensor | None:
-        """What the stages add to the patch tokens that leave the block, or None if there is none to run.
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None, record: dict[str, Tensor] | None = None) -> Tensor:
+        """Runs the stages on the patch tokens that leave the block.
 
         Args:
             tokens: (B, N, C), in raster order if there is a grid.
             grid: (h, w) in patches, or None where the patches have no known places; the fine stage is skipped then.
             record: takes what the losses need in training: "similarity" (B, N, K), "share" (B, N).
+
+        Returns:
+            (B, N, C); the very tensor that came in where no stage had anything to do.
         """
-        delta: Tensor | None = None
-        for stage in (self.coarse, self.medium):
-            if stage is not None:
-                delta = _sum(delta, stage.delta(_plus(tokens, delta)))
-        if self.medium is not None and record is not None:
-            record["similarity"] = self.medium.similarity(tokens)
-        if self.fine is not None and grid is not None:
-            shift, share = self.fine.shift(_plus(tokens, delta), grid)
-            delta = _sum(delta, shift)
+        if self.coarse is not None:
+            tokens = self.coarse(tokens)
+        if self.medium is not None:
+            tokens = self.medium(tokens)
             if record is not None:
-                record["share"] = share
-        return delta
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
-        """Runs the stages on the patch tokens that leave the block: (B, N, C) -> (B, N, C); arguments as in `delta`."""
-        return _plus(tokens, self.delta(tokens, grid))
-
-
-def _plus(tokens: Tensor, delta: Tensor | None) -> Tensor:
-    return tokens if delta is None else tokens + delta
-
-
-def _sum(delta: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return delta if other is None else _plus(other, delta)
+                record["similarity"] = self.medium.similarity(tokens)
+        if self.fine is not None and grid is not None:
+            if record is not None:
+                record["share"] = self.fine.share(tokens).squeeze(-1)
+            tokens = self.fine(tokens, grid)
+        return tokens

@@ -21,6 +21,13 @@ class ReinMaps(nn.Module):
         for parameter in self.delta.parameters():
             nn.init.zeros_(parameter)
 
+    def forward(self, tokens: Tensor, learnt: Tensor) -> Tensor:
+        """What a block adds, s ((X + D) W_d + b_d): X (B, N, C) and T (m, C) -> (B, N, C)."""
+        similarity = (tokens @ learnt.mT * tokens.shape[-1] ** -0.5).softmax(dim=-1)
+        drawn = similarity[..., 1:] @ self.token_to_feature(learnt[1:])
+        added: Tensor = self.scale * self.delta(tokens + drawn)
+        return added
+
 
 class ReinCalib(nn.Module):
     """Rein's refinement of one block's tokens, from the equations of arXiv 2312.04265.
@@ -52,15 +59,8 @@ class ReinCalib(nn.Module):
         self.tokens = nn.Parameter(torch.empty(num_tokens, width).uniform_(-bound, bound))
         self.basis = None if token_rank is None else nn.Parameter(torch.empty(token_rank, dim).uniform_(-bound, bound))
 
-    def delta(self, tokens: Tensor, grid: tuple[int, int] | None = None, record: object = None) -> Tensor:
-        """What the layer adds: (B, N, C) -> (B, N, C). Grid and record are not used."""
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None, record: object = None) -> Tensor:
+        """Refines patch tokens: (B, N, C) -> (B, N, C). Grid and record are not used."""
         maps: ReinMaps = self.__dict__["maps"]
-        learnt = self.tokens if self.basis is None else self.tokens @ self.basis
-        similarity = (tokens @ learnt.mT * tokens.shape[-1] ** -0.5).softmax(dim=-1)
-        drawn = similarity[..., 1:] @ maps.token_to_feature(learnt[1:])
-        added: Tensor = maps.scale * maps.delta(tokens + drawn)
-        return added
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Refines patch tokens: (B, N, C) -> (B, N, C)."""
-        return tokens + self.delta(tokens)
+        refined: Tensor = tokens + maps(tokens, self.tokens if self.basis is None else self.tokens @ self.basis)
+        return refined

@@ -46,13 +46,6 @@ class SourceCalib(nn.Module):
         distance = (away.square() / variance.clamp_min(EPS)).mean(dim=dim, keepdim=True)
         return self.source.ready * self.strength * (1 - self.USUAL / distance.clamp_min(self.USUAL))
 
-    def delta(self, tokens: Tensor) -> Tensor | None:
-        """What the module adds to tokens, in their dtype; in training mode nothing, and it takes them in."""
-        if self.training:
-            self.observe(tokens)
-            return None
-        return self.shift(tokens).to(tokens.dtype)
-
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Calibrates patch tokens; in training mode, takes in their statistics instead.
 
@@ -63,5 +56,7 @@ class SourceCalib(nn.Module):
         Returns:
             (B, h*w, C).
         """
-        delta = self.delta(tokens)
-        return tokens if delta is None else tokens + delta
+        if self.training:
+            self.observe(tokens)
+            return tokens
+        return tokens + self.shift(tokens).to(tokens.dtype)
