@@ -16,6 +16,7 @@ from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.layout import pick_tensor, view_patches
 from mgfc.calibrators.running import is_recomputing
+from mgfc.distributed import gathered
 from mgfc.errors import CalibrationError, ConfigError
 
 
@@ -54,8 +55,12 @@ class FeatureMaps(nn.Module):
         blocks: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        tower = find_tower(backbone, blocks)
-        depth = len(tower.blocks)
+        with gathered(backbone):
+            tower = find_tower(backbone, blocks)
+            widths = [block_widths(block).dim for block in tower.modules()]
+            self._orders = token_orders(tower)
+            self._tracker = GridTracker(max_extra_tokens(tower))
+        depth = len(widths)
         if not out_indices or not all(-depth <= index < depth for index in out_indices):
             raise ConfigError(f"out_indices: expected block indices of a backbone of {depth} blocks, found {out_indices!r}.")
         if scales is not None and len(scales) != len(out_indices):
@@ -64,9 +69,7 @@ class FeatureMaps(nn.Module):
         self.out_indices = tuple(index % depth for index in out_indices)
         self.scales = None if scales is None else tuple(scales)
         modules = tower.modules()
-        self.channels = [block_widths(modules[index]).dim for index in self.out_indices]
-        self._orders = token_orders(tower)
-        self._tracker = GridTracker(max_extra_tokens(tower))
+        self.channels = [widths[index] for index in self.out_indices]
         self._maps: dict[int, Tensor] | None = None
         stem_hooks(tower.root, tower.blocks, self._tracker)
         for index in sorted(set(self.out_indices)):
