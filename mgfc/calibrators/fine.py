@@ -34,7 +34,8 @@ class FineCalib(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"FineCalib: expected kernel_size to be odd and positive, found {kernel_size}.")
-        kernel = torch.full((dim, 1, kernel_size, kernel_size), -1 / kernel_size**2)
+        # Laid out as its gradients will be; DDP would warn otherwise.
+        kernel = torch.empty(dim, 1, kernel_size, kernel_size, memory_format=torch.channels_last).fill_(-1 / kernel_size**2)
         kernel[..., kernel_size // 2, kernel_size // 2] += 1
         self.kernel = nn.Parameter(kernel)
         self.select = nn.Linear(dim, 1)
