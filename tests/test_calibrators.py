@@ -189,7 +189,7 @@ def fine_by_hand(module: FineCalib, image: Tensor, grid: tuple[int, int]) -> Ten
                 for dx in range(size):
                     row = min(max(y + dy - size // 2, 0), height - 1)
                     column = min(max(x + dx - size // 2, 0), width - 1)
-                    response = response + module.kernel[:, 0, dy, dx] * image[row * width + column]
+                    response = response + module.kernel[:, dy, dx] * image[row * width + column]
             token = image[y * width + x]
             centred = token - token.mean()
             normed = centred / (centred.square().mean() + 1e-5).sqrt()

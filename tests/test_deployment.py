@@ -54,6 +54,7 @@ def test_onnx_with_changing_sizes(tmp_path: Path) -> None:
         assert (torch.from_numpy(found) - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.hosts
 @torch.no_grad()
 def test_executorch() -> None:
     exir = pytest.importorskip("executorch.exir")

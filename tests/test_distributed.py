@@ -152,10 +152,11 @@ def alone(**options: Any) -> tuple[list[float], dict[str, Tensor]]:
     return curve, model.maps.backbone.calibration.adapter.state_dict()
 
 
+ENGINES = ["ddp", "fsdp", *(pytest.param(kind, marks=pytest.mark.hosts) for kind in ("zero1", "zero3"))]
 NO_LOSSES = MGFCConfig(rank=8, medium=MediumConfig(num_prototypes=4))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1", "zero3"])
+@pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}], ids=["plain", "checkpointing"])
 def test_two_processes_train_as_one(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     options = {"config": NO_LOSSES, **options}
@@ -179,7 +180,7 @@ def test_losses_of_the_calibrators_use_every_parameter(tmp_path: Path) -> None:
     assert len(curve) == STEPS  # DDP raises at the second step if a parameter has no gradient
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1", "zero3"])
+@pytest.mark.parametrize("kind", ENGINES)
 def test_what_was_trained_is_saved_and_loads(kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     _, state = run(kind, tmp_path, config=NO_LOSSES)
     vit = unwrap_backbone(Segmenter(NO_LOSSES).maps.backbone)
@@ -188,6 +189,7 @@ def test_what_was_trained_is_saved_and_loads(kind: str, tmp_path: Path, recwarn:
     assert not [warning for warning in recwarn if "other weights" in str(warning.message)]
 
 
+@pytest.mark.hosts
 def test_a_backbone_that_is_sharded_already(tmp_path: Path) -> None:
     """As Transformers loads one where DeepSpeed's ZeRO-3 is on: its own parameters look empty."""
     curve, state = run("zero3", tmp_path, config=NO_LOSSES, sharded_before_wrapping=True)

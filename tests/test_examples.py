@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -280,3 +282,27 @@ def test_a_missing_adapter_is_an_error_in_words(capsys: pytest.CaptureFixture[st
 def test_the_committed_adapter_is_small() -> None:
     sizes = [path.stat().st_size for path in (EXAMPLES / "adapter").glob("*.safetensors")]
     assert len(sizes) == 2 and sum(sizes) <= 4_000_000
+
+
+@pytest.mark.hosts
+def test_many_images_with_ray(tmp_path: Path, real_backbone: list[str]) -> None:
+    pytest.importorskip("ray")
+    files = sorted((EXAMPLES / "images").glob("*.jpg"))
+    words = [str(EXAMPLES / "images"), *real_backbone, "--size", "56", "70", "--batch-size", "4", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "segment_many.py"), *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    import pandas
+    import segment_many
+
+    rows = pandas.read_parquet(tmp_path).set_index("path")["labels"]
+    assert sorted(Path(path).name for path in rows.index) == [file.name for file in files]
+    images = [Image.open(path).convert("RGB").resize((70, 56), Image.Resampling.BILINEAR) for path in rows.index]
+    replica = segment_many.Segmenter(str(EXAMPLES / "adapter"), real_backbone[-1] if real_backbone else None)
+    found = replica({"image": np.stack(images), "path": rows.index.to_numpy()})["labels"]
+    for expected, png in zip(found, rows, strict=True):
+        expected, labels = (np.asarray(Image.open(io.BytesIO(data))) for data in (expected, png))
+        assert labels.shape == (56, 70) and len(np.unique(labels)) > 2
+        assert (labels == expected).mean() > 0.99

@@ -198,6 +198,7 @@ def assert_calibrated(host: nn.Module, images: Tensor, forward: Callable[[Tensor
         assert not torch.equal(forward(images), bare)
 
 
+@pytest.mark.hosts
 def test_torchgeo() -> None:
     trainers = pytest.importorskip("torchgeo.trainers")
     sizes = {"in_channels": 3, "task": "multiclass", "num_classes": 5, "weights": None}
@@ -206,6 +207,7 @@ def test_torchgeo() -> None:
     assert_calibrated(task, torch.randn(1, 3, 224, 224), task)
 
 
+@pytest.mark.hosts
 def test_terratorch() -> None:
     models = pytest.importorskip("terratorch.models")
     from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
@@ -216,6 +218,7 @@ def test_terratorch() -> None:
     assert_calibrated(model, torch.randn(2, 3, 64, 64), lambda images: model(images).output)
 
 
+@pytest.mark.hosts
 def test_mmengine(tmp_path: Path) -> None:
     """Built by a registry, trained by its runner with its moving average."""
     pytest.importorskip("mmengine")

@@ -34,8 +34,7 @@ class FineCalib(nn.Module):
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"FineCalib: expected kernel_size to be odd and positive, found {kernel_size}.")
-        # Laid out as its gradients will be; DDP would warn otherwise.
-        kernel = torch.empty(dim, 1, kernel_size, kernel_size, memory_format=torch.channels_last).fill_(-1 / kernel_size**2)
+        kernel = torch.full((dim, kernel_size, kernel_size), -1 / kernel_size**2)
         kernel[..., kernel_size // 2, kernel_size // 2] += 1
         self.kernel = nn.Parameter(kernel)
         self.select = nn.Linear(dim, 1)
@@ -48,7 +47,7 @@ class FineCalib(nn.Module):
         # Not F.pad(mode="replicate"), whose backward gets other strides than torch.compile's inductor expects.
         maps = torch.cat([maps[:, :, :1]] * pad + [maps] + [maps[:, :, -1:]] * pad, dim=2)
         maps = torch.cat([maps[..., :1]] * pad + [maps] + [maps[..., -1:]] * pad, dim=3)
-        return F.conv2d(maps, self.kernel, groups=tokens.shape[-1]).flatten(2).mT
+        return F.conv2d(maps, self.kernel.unsqueeze(1), groups=tokens.shape[-1]).flatten(2).mT
 
     def share(self, tokens: Tensor) -> Tensor:
         """The logits of the share of detail that is let through at each patch: (B, h*w, C) -> (B, h*w, 1)."""
