@@ -201,6 +201,10 @@ class Adapters(nn.Module):
             BaseTunerLayer.register(Adapters)
         yield from super().named_modules(*args, **kwargs)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Adapters:
+        """Nothing: so PEFT and Transformers freeze tuners' layers. A `Calibration` and each `Adapter` do as they are told."""
+        return self
+
     def _ignore(self, *args: object, **kwargs: object) -> None:
         """Nothing to do with a tuner of PEFT's."""
 

@@ -95,6 +95,40 @@ def test_wrapping_after_peft_leaves_lora_alone() -> None:
     assert any(n.startswith("calibration.") for n in trained(model))
 
 
+def test_transformers_adapters_leave_the_calibrators_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Dinov2Config, Dinov2Model
+
+    # Transformers 5.24 asks for a version of PEFT that is not out.
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
+
+    def dino() -> nn.Module:
+        torch.manual_seed(0)
+        return Dinov2Model(
+            Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16)
+        )
+
+    def of_calibrators(model: nn.Module) -> set[str]:
+        return {name for name in trained(model) if "calibration" in name}
+
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    saved = dino()
+    saved.add_adapter(config)
+    fill_lora(saved)
+    saved.save_pretrained(tmp_path)
+    model = wrap_backbone(dino(), MGFCConfig(rank=4))
+    randomise(model.calibration)
+    before, state = trained(model), {n: p.clone() for n, p in model.calibration.state_dict().items()}
+    model.load_adapter(tmp_path)  # for inference, which freezes what is PEFT's
+    assert trained(model) == before
+    model.delete_adapter("default")
+    model.add_adapter(config)
+    assert of_calibrators(model) == before and any("lora" in name for name in trained(model))
+    for switch in (model.disable_adapters, model.enable_adapters):
+        switch()
+        assert of_calibrators(model) == before
+    assert all(torch.equal(p, state[n]) for n, p in model.calibration.state_dict().items())
+
+
 class TestPeftConfig:
     def test_trains_both_and_takes_both_away(self) -> None:
         model = vit()
