@@ -13,9 +13,12 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 import torch.multiprocessing as mp
 from hub_server import HubServer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mgfc import (
@@ -98,25 +101,18 @@ def work(rank: int, kind: str, folder: str, options: dict[str, Any]) -> None:
 
         building = deepspeed.zero.Init(config_dict_or_path=zero_config(3))
     model = Segmenter(options.get("config", CONFIG), building)
-    calibration = model.maps.backbone.calibration
     if options.get("checkpointing"):
         model.maps.backbone.set_grad_checkpointing()
-    if kind == "ddp":
-        wrapped = DistributedDataParallel(model)
-    elif kind.startswith("zero"):
-        import deepspeed
-
-        config = zero_config(stage=int(kind[-1]))
-        wrapped = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh("cpu", (WORLD,))
-        for block in model.maps.backbone.blocks:
-            fully_shard(block, mesh=mesh)
-        wrapped = fully_shard(model, mesh=mesh)
-    curve = train(wrapped, rank, WORLD, options.get("autocast", False))
+    curve = train(distribute(model, kind), rank, WORLD, options.get("autocast", False))
+    if options.get("resume"):
+        interrupted, model = model, Segmenter(options["config"])
+        wrapped = distribute(model, kind)
+        trained = interrupted.state_dict()
+        torch.distributed.checkpoint.save({name: trained[name] for name in adapted(trained)}, checkpoint_id=f"{folder}/shards")
+        fresh = model.state_dict()
+        torch.distributed.checkpoint.load({name: fresh[name] for name in adapted(fresh)}, checkpoint_id=f"{folder}/shards")
+        curve += train(wrapped, rank, WORLD)
+    calibration = model.maps.backbone.calibration
     if kind in ("fsdp", "zero3") or rank == 0:
         calibration.save_pretrained(f"{folder}/adapter")
     if "repo" in options:
@@ -127,6 +123,25 @@ def work(rank: int, kind: str, folder: str, options: dict[str, Any]) -> None:
         torch.save({"curve": curve, "state": state}, f"{folder}/result.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def distribute(model: Segmenter, kind: str) -> Any:
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind.startswith("zero"):
+        import deepspeed
+
+        config = zero_config(stage=int(kind[-1]))
+        return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in model.maps.backbone.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def adapted(state: dict[str, Tensor]) -> list[str]:
+    """Of all that the model holds, what training changes."""
+    return [name for name in state if "calibration" in name or name.startswith("head.")]
 
 
 def zero_config(stage: int) -> dict[str, Any]:
@@ -149,6 +164,8 @@ def run(kind: str, folder: Path, **options: Any) -> tuple[list[float], dict[str,
 def alone(**options: Any) -> tuple[list[float], dict[str, Tensor]]:
     model = Segmenter(options.get("config", CONFIG))
     curve = train(model, autocast=options.get("autocast", False))
+    if options.get("resume"):
+        curve += train(model)
     return curve, model.maps.backbone.calibration.adapter.state_dict()
 
 
@@ -207,6 +224,17 @@ def test_one_process_of_all_pushes_what_is_sharded(logged_in: HubServer, tmp_pat
     assert "head.safetensors" in logged_in.files(repo)
     vit = wrap_backbone(unwrap_backbone(Segmenter(NO_LOSSES).maps.backbone), repo)
     assert all(torch.equal(value, state[key]) for key, value in vit.calibration.adapter.state_dict().items())
+
+
+def test_a_sharded_checkpoint_of_the_adapter_alone_resumes(tmp_path: Path) -> None:
+    curve, state = run("fsdp", tmp_path, config=NO_LOSSES, resume=True)
+    expected, parameters = alone(config=NO_LOSSES, resume=True)
+    assert len(curve) == 2 * STEPS and expected[-1] < expected[STEPS]
+    assert max(abs(a - b) for a, b in zip(curve, expected, strict=True)) <= 1e-5
+    for key, value in parameters.items():
+        torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
+    saved = torch.distributed.checkpoint.FileSystemReader(tmp_path / "shards").read_metadata().state_dict_metadata
+    assert sorted(saved) == sorted(adapted(Segmenter(NO_LOSSES).state_dict()))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
