@@ -5,7 +5,6 @@ An implementation of the published description of Multi-Granularity Feature Cali
 
 __version__ = "0.1.0"
 
-from mgfc.blocks import BlockReport
 from mgfc.calibration import Calibration
 from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib, ReinCalib
 from mgfc.checkpoint import load_head
@@ -22,6 +21,7 @@ from mgfc.errors import (
 )
 from mgfc.features import FeatureMaps
 from mgfc.heads import SegmentationHead
+from mgfc.reports import BlockReport
 from mgfc.wrapping import get_calibration, unwrap_backbone, wrap_backbone
 
 __all__ = [

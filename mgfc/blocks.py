@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mgfc.backbones.description import entry_maps, linear_size
-from mgfc.backbones.grid import Grid, GridTracker, first_tensor, tag
+from mgfc.backbones.grid import GridTracker, first_tensor, tag
 from mgfc.backbones.layout import (
     Order,
     PatchView,
@@ -26,40 +25,13 @@ from mgfc.backbones.layout import (
 from mgfc.calibrators import CalibLayer, ReinCalib
 from mgfc.calibrators.running import as_one_batch, is_recomputing
 from mgfc.errors import CalibrationError
+from mgfc.reports import BlockReport
 
 if TYPE_CHECKING:
     from mgfc.calibration import Calibration
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What one calibrated block saw in a forward.
-
-    Args:
-        name: the block's name in the backbone.
-        shape: of the block's tensor.
-        grid: (h, w) of its patches, or None where it has none.
-        num_patches: patches refined in each image.
-        leading: extra tokens before the patches, passed through.
-        trailing: extra tokens after them, passed through.
-        changed: whether refinement changed anything; False in a fresh calibration.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    grid: Grid | None
-    num_patches: int
-    leading: int
-    trailing: int
-    changed: bool
-
-    def __str__(self) -> str:
-        grid = "no grid, fine stage skipped" if self.grid is None else f"grid {self.grid[0]} x {self.grid[1]}"
-        extra = f"{self.leading} leading and {self.trailing} trailing tokens passed through"
-        return f"{self.name}: {self.num_patches} patches, {grid}, {extra}, {'refined' if self.changed else 'unchanged'}"
 
 
 class BlockHooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mgfc.adapter import GRANULARITIES, Adapter, Adapters, average
+from mgfc import reports
+from mgfc.adapter import Adapter, Adapters, average
 from mgfc.backbones.description import max_extra_tokens, token_orders
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.tuners import own_name, tuner_layers, tuner_parameters
-from mgfc.blocks import BlockHooks, BlockReport
-from mgfc.calibrators import CalibLayer
+from mgfc.blocks import BlockHooks
 from mgfc.config import AdapterConfig
 from mgfc.errors import AdapterMismatchError, CalibrationError, ConfigError
 from mgfc.peft import Tuner, eject, inject
@@ -293,8 +293,7 @@ class Calibration(nn.Module):
         device = next(self.parameters()).device
         return sum(self.losses(labels, ignore_index).values(), start=torch.zeros((), device=device))
 
-    @torch.no_grad()
-    def check(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> list[BlockReport]:
+    def check(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> list[reports.BlockReport]:
         r"""Runs one forward and reports what each calibrated block saw.
 
         Args:
@@ -308,62 +307,11 @@ class Calibration(nn.Module):
         Raises:
             CalibrationError: naming the blocks that the forward did not call.
         """
-        model = self.backbone if model is None else model
-        modes = {module: module.training for module in model.modules()}
-        for hooks in self.blocks:
-            hooks.watch(True)
-        try:
-            model.eval()
-            model(*args, **kwargs)
-            called = {hooks.index: hooks.report for hooks in self.blocks if hooks.report is not None}
-            adapted = {hooks.index for hooks in self.blocks if hooks.adapted is not None}
-        finally:
-            for hooks in self.blocks:
-                hooks.watch(False)
-            for module, mode in modes.items():
-                module.training = mode
-        self._require(
-            model,
-            called,
-            [int(key) for key in self.layers],
-            "every calibrated block to be called",
-            "The model skips them or runs their parts itself, so that their calibrators have no effect.",
-        )
-        self._require(
-            model,
-            adapted,
-            [int(key) for key, layer in self.layers.items() if isinstance(layer, CalibLayer)],
-            "the first linear map of every block's feed-forward network to be called",
-            "They use its weight in another way, so that their bottlenecks have no effect.",
-        )
-        return list(called.values())
-
-    def _require(self, model: nn.Module, reached: Container[int], blocks: Sequence[int], expected: str, reason: str) -> None:
-        missing = [self.block_names[index] for index in blocks if index not in reached]
-        if missing:
-            raise CalibrationError(
-                f"{type(model).__name__}: expected {expected}, found that these blocks were passed by: {', '.join(missing)}. "
-                f"{reason} Leave them out with MGFCConfig(layers=...), or call them."
-            )
+        return reports.check(self, self.backbone if model is None else model, args, kwargs)
 
     def summary(self) -> str:
         """A table of trainable parameters per block and granularity, their share of the backbone, and batches seen."""
-        adapter = self.adapter
-        rows = [(self.block_names[index], counts) for index, counts in adapter.count_stages()]
-        shared = sum(p.numel() for n, p in adapter.named_parameters() if not n.startswith("layers."))
-        columns = ("bottleneck", *GRANULARITIES)
-        width = max([len(name) for name, _ in rows] + [len("shared")])
-        lines = ["  ".join([" " * width, *(f"{column:>10}" for column in columns)])]
-        lines += ["  ".join([f"{name:<{width}}", *(f"{counts[c]:>10,}" for c in columns)]) for name, counts in rows]
-        lines.append(
-            f"{'shared':<{width}}  {shared:>10,}  ({'heads of the losses' if adapter.maps is None else 'linear maps'})"
-        )
-        own = self.num_parameters
-        backbone = sum(p.numel() for p in self.backbone.parameters()) - sum(p.numel() for p in self.parameters())
-        lines.append(f"{own:,} parameters, {100 * own / backbone:.2f} % of the backbone's {backbone:,}")
-        if self.num_batches is not None:
-            lines.append(f"statistics of {self.num_batches} training batches")
-        return "\n".join(lines)
+        return reports.summary(self)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, head: nn.Module | None = None, **card: Any) -> None:
         """Writes the adapter into a directory; arguments as in `mgfc.checkpoint.save_pretrained`."""
