@@ -12,6 +12,7 @@ import helpers
 import pytest
 import timm
 import torch
+import torch._dynamo.testing
 from helpers import assert_unchanged, randomise, same, settle, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -345,6 +346,21 @@ def test_compile_fullgraph(backend: str) -> None:
         torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-4)
     with model.calibration.disabled(), torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), **tolerance)
+
+
+@pytest.mark.usefixtures("dynamo")
+@torch.no_grad()
+def test_compile_depends_on_an_images_size_and_not_on_those_before() -> None:
+    images = [torch.randn(1, 3, *size) for size in ((32, 48), (48, 32))]
+    counts = []
+    for model in (unwrap_backbone(make(depth=2)), make(depth=2)):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(model.eval(), backend=counter, dynamic=False)
+        for index in (0, 1, 1, 0, 0, 0, 1, 0, 1, 1, 1, 1, 0):
+            compiled(images[index])
+        counts.append(counter.frame_count)
+    assert counts == [2, 2]
 
 
 @pytest.mark.usefixtures("dynamo")

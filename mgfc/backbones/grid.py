@@ -36,6 +36,10 @@ class GridTracker:
     def __reduce__(self) -> tuple[type[GridTracker], tuple[int]]:
         return GridTracker, (self.max_extra,)
 
+    def forget(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the first module that tells a size: those of an earlier forward have had their time."""
+        self.recent = ()
+
     def observe_image(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a module that has a `patch_size`: covers patch embeddings without a convolution."""
         image = first_tensor(args, kwargs)
@@ -103,14 +107,21 @@ def stem_hooks(root: nn.Module, blocks: Iterable[str], tracker: GridTracker) -> 
         return []
     inside = tuple(name + "." for name in blocks)
     handles: list[Any] = []
+    is_first = True
     for name, module in root.named_modules():
         if (name + ".").startswith(inside):
             continue
         if "PatchDropout" in type(module).__name__:
             handles.append(module.register_forward_hook(tracker.observe_dropping))
-        elif isinstance(module, _STEM):
+            continue
+        sees_maps, sees_images = isinstance(module, _STEM), _is_pair(getattr(module, "patch_size", None))
+        if (sees_maps or sees_images) and is_first:
+            # Sizes of earlier forwards would otherwise be part of what torch.compile specialises on.
+            handles.append(module.register_forward_pre_hook(tracker.forget))
+            is_first = False
+        if sees_maps:
             handles.append(module.register_forward_hook(tracker.observe_map))
-        elif _is_pair(getattr(module, "patch_size", None)):
+        elif sees_images:
             handles.append(module.register_forward_pre_hook(tracker.observe_image, with_kwargs=True))
     return handles
 
