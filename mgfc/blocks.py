@@ -93,11 +93,6 @@ class BlockHooks:
         """Before the block."""
         self.tracker.enter(args, kwargs)
         self.calibration.adapter.start_record(self.index)
-        entry, checkpointing = first_tensor(args, kwargs), block.training and getattr(block, "gradient_checkpointing", False)
-        if entry is not None and checkpointing and torch.is_grad_enabled() and self.layer is not None:
-            # Transformers checkpoints what is inside the block; PyTorch's reentrant form gives gradients to nothing in
-            # there unless an input asks for some, and those of a frozen backbone do not.
-            entry.requires_grad_()
 
     def _adapt(self, channels: slice, module: nn.Module, args: Arguments, kwargs: Keywords, output: Tensor) -> Tensor | None:
         """After a map that the feed-forward network begins with, which writes these of the layer's channels."""

@@ -242,8 +242,18 @@ def test_copies_are_independent(case: Case) -> None:
     assert get_calibration(model) is calibration
 
 
-@pytest.mark.parametrize("case", [c for c in SUPPORTED if c.checkpointing], ids=lambda case: case.name)
-def test_checkpointing_gives_the_same_gradients(case: Case) -> None:
+CHECKPOINTED = [c for c in SUPPORTED if c.checkpointing]
+# PyTorch's reentrant form follows neither tensors by keyword nor those in nested tuples, whatever is trained.
+NOT_REENTRANT = {"Llama4VisionModel", "MaskFormerSwinBackbone", "PvtV2Model", "PvtV2Backbone"}
+REENTRANT = [c for c in CHECKPOINTED if c.library == "transformers" and c.architecture not in NOT_REENTRANT]
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [*((case, None) for case in CHECKPOINTED), *((case, {"use_reentrant": True}) for case in REENTRANT)],
+    ids=lambda value: getattr(value, "name", "reentrant" if value else "default"),
+)
+def test_checkpointing_gives_the_same_gradients(case: Case, options: dict[str, bool] | None) -> None:
     """Two forwards, at other sizes where the class permits, before one backward."""
     grads = []
     for checkpointing in (False, True):
@@ -251,7 +261,7 @@ def test_checkpointing_gives_the_same_gradients(case: Case) -> None:
         torch.manual_seed(1)
         randomise(calibration)
         if checkpointing:
-            model.set_grad_checkpointing(True) if case.library == "timm" else model.gradient_checkpointing_enable()
+            model.set_grad_checkpointing(True) if case.library == "timm" else model.gradient_checkpointing_enable(options)
         model.train()
         height, width = case.image_size
         sizes = [(height, width), (width, height)] if case.dynamic else [(height, width)] * 2
@@ -265,7 +275,8 @@ def test_checkpointing_gives_the_same_gradients(case: Case) -> None:
     assert grads[0].keys() == grads[1].keys()
     assert len(grads[0]) > 0
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+        atol = 1e-6 if options else 1e-7
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("case", cases(tier=3), ids=lambda case: case.name)
