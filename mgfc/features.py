@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from einops import rearrange
@@ -29,7 +31,8 @@ class FeatureMaps(nn.Module):
         backbone: a timm or Transformers vision transformer, or a host of one.
         out_indices: blocks to return, in order; negative ones count from the end.
         scales: per map a factor for its height and width, e.g. (4, 2, 1, 0.5) for the pyramid that convolutional
-            decoders expect; None to leave them as they are.
+            decoders expect; None to leave them as they are. Sizes are multiples of the smallest one's, which is rounded up:
+            a 37 x 37 grid gives 152, 76, 38 and 19.
         blocks: as in `wrap_backbone`.
 
     Attributes:
@@ -37,7 +40,7 @@ class FeatureMaps(nn.Module):
 
     Raises:
         UnsupportedBackboneError: if there is no vision transformer in `backbone`.
-        ConfigError: if an index or the number of scales does not fit.
+        ConfigError: if an index or the scales do not fit.
 
     Examples:
         >>> import timm, torch
@@ -63,8 +66,8 @@ class FeatureMaps(nn.Module):
         depth = len(widths)
         if not out_indices or not all(-depth <= index < depth for index in out_indices):
             raise ConfigError(f"out_indices: expected block indices of a backbone of {depth} blocks, found {out_indices!r}.")
-        if scales is not None and len(scales) != len(out_indices):
-            raise ConfigError(f"scales: expected one for each of {len(out_indices)} maps, found {len(scales)}.")
+        if scales is not None and (len(scales) != len(out_indices) or min(scales) <= 0):
+            raise ConfigError(f"scales: expected a number above 0 for each of {len(out_indices)} maps, found {scales!r}.")
         self.backbone = tower.root
         self.out_indices = tuple(index % depth for index in out_indices)
         self.scales = None if scales is None else tuple(scales)
@@ -117,7 +120,13 @@ class FeatureMaps(nn.Module):
         maps = [found[index] for index in self.out_indices]
         if self.scales is None:
             return maps
-        return [
-            item if scale == 1 else F.interpolate(item, scale_factor=scale, mode="bilinear", align_corners=False)
-            for item, scale in zip(maps, self.scales, strict=True)
-        ]
+        return [_resize(item, scale, min(self.scales)) for item, scale in zip(maps, self.scales, strict=True)]
+
+
+def _resize(item: Tensor, scale: float, least: float) -> Tensor:
+    """A map of a pyramid, whose sizes are multiples of the smallest one's, as decoders that double them need."""
+    if scale == least == 1:
+        return item
+    times = Fraction(scale) / Fraction(least)
+    size = [math.ceil(length * least) * times.numerator // times.denominator for length in item.shape[2:]]
+    return F.interpolate(item, size=size, mode="bilinear", align_corners=False)

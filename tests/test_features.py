@@ -166,8 +166,27 @@ def test_wrong_indices(indices: tuple[int, ...]) -> None:
 
 
 def test_wrong_number_of_scales() -> None:
-    with pytest.raises(ConfigError, match="scales: expected one for each of 2 maps, found 3"):
-        FeatureMaps(tiny_vit(), (0, 1), scales=(1, 2, 3))
+    for scales in ((1, 2, 3), (1, 0)):
+        with pytest.raises(ConfigError, match=r"scales: expected a number above 0 for each of 2 maps, found \(1,"):
+            FeatureMaps(tiny_vit(), (0, 1), scales=scales)
+
+
+@torch.no_grad()
+def test_sizes_of_a_pyramid_are_multiples_of_the_smallest() -> None:
+    maps = FeatureMaps(tiny_vit(), (0, 1, 2, 2), scales=(4, 2, 1, 0.5))
+    found = [tuple(item.shape[2:]) for item in maps(torch.randn(1, 3, 7 * 16, 1 * 16))]
+    assert found == [(32, 8), (16, 4), (8, 2), (4, 1)]
+
+
+@torch.no_grad()
+def test_a_pyramid_is_exported_with_dynamic_sizes() -> None:
+    maps = FeatureMaps(tiny_vit(), (0, 1, 2), scales=(2, 1, 0.5))
+    height, width = (torch.export.Dim(name, min=2, max=20) for name in ("height", "width"))
+    program = torch.export.export(maps, (torch.randn(1, 3, 64, 96),), dynamic_shapes=({2: 16 * height, 3: 16 * width},))
+    for size in ((64, 96), (112, 48)):
+        images = torch.randn(1, 3, *size)
+        for found, expected in zip(program.module()(images), maps(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_not_a_transformer() -> None:

@@ -341,8 +341,46 @@ def test_not_a_vit(build: Callable[[], Any], message: str) -> None:
 def test_graphs_and_compiled_models_are_refused() -> None:
     with pytest.raises(UnsupportedBackboneError, match="Wrap the original model first, then compile"):
         wrap_backbone(torch.compile(tiny(), backend="eager"))
+    for part in (lambda model: model, lambda model: model.blocks[0]):
+        model = tiny()
+        part(model).compile(backend="eager")
+        with pytest.raises(UnsupportedBackboneError, match="Wrap the original model first, then compile"):
+            wrap_backbone(model)
     with pytest.raises(UnsupportedBackboneError, match="found a traced graph"):
         wrap_backbone(torch.fx.GraphModule(nn.Module(), torch.fx.Graph()))
+
+
+def test_blocks_that_take_the_batch_second_are_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self, batch_first: bool) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(32, 2, batch_first=batch_first)
+            self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attn(x, x, x, need_weights=False)[0]
+            return x + self.mlp(x)
+
+    class Clip(nn.Module):
+        def __init__(self, batch_first: bool) -> None:
+            super().__init__()
+            self.conv1 = nn.Conv2d(3, 32, 8, 8)
+            self.blocks = nn.ModuleList(Block(batch_first) for _ in range(2))
+            self.batch_first = batch_first
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.conv1(images).flatten(2).mT
+            tokens = tokens if self.batch_first else tokens.transpose(0, 1)
+            for block in self.blocks:
+                tokens = block(tokens)
+            return tokens
+
+    get_calibration(wrap_backbone(Clip(batch_first=True), CONFIG)).check(torch.randn(2, 3, 32, 48))
+    model = Clip(batch_first=False)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedBackboneError, match=r"found that blocks.0 attends over the first axis .* batch_first=True"):
+        wrap_backbone(model, CONFIG)
+    assert_unchanged(model, before)
 
 
 def test_a_sequence_passes_through() -> None:

@@ -60,11 +60,14 @@ def find_tower(model: nn.Module, blocks: str | Sequence[str] | None = None) -> T
     prefix = root_name + "." if root_name else ""
     names = tuple(name.removeprefix(prefix) for name in found if name.startswith(prefix))
     _reject_unsupported(root)
-    return Tower(root, root_name, names)
+    tower = Tower(root, root_name, names)
+    _reject_sequence_first(tower)
+    return tower
 
 
 def _reject_graphs(model: nn.Module) -> None:
-    if any(cls.__name__ == "OptimizedModule" for cls in type(model).__mro__):
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())  # by model.compile()
+    if is_compiled or any(cls.__name__ == "OptimizedModule" for cls in type(model).__mro__):
         raise UnsupportedBackboneError(
             "The model is already compiled, and hooks added after torch.compile are ignored. "
             "Wrap the original model first, then compile it."
@@ -88,10 +91,23 @@ def _reject_unsupported(root: nn.Module) -> None:
             )
 
 
+def _reject_sequence_first(tower: Tower) -> None:
+    for name, block in zip(tower.blocks, tower.modules(), strict=True):
+        if any(isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in block.modules()):
+            raise UnsupportedBackboneError(
+                f"{type(tower.root).__name__}: expected blocks that take (B, N, C), found that {name} attends over the first "
+                "axis (nn.MultiheadAttention with batch_first=False). Build it with batch_first=True, as open_clip does by "
+                "default, or take timm's or Transformers' form of the same weights."
+            )
+
+
 def _named_blocks(model: nn.Module, blocks: str | Sequence[str]) -> list[str]:
     names = [name for name, _ in model.named_modules()]
     if isinstance(blocks, str):
-        pattern = re.compile(blocks)
+        try:
+            pattern = re.compile(blocks)
+        except re.error as error:
+            raise UnsupportedBackboneError(f"blocks: expected a regular expression, found {blocks!r} ({error}).") from None
         return [name for name in names if pattern.fullmatch(name)]
     missing = [name for name in blocks if name not in names]
     if missing:
