@@ -265,6 +265,10 @@ def read_config(path: Path) -> dict[str, Any]:
     missing = [key for key in _MUST_MATCH if key not in content["backbone"]]
     if missing:
         raise AdapterFileError(f"{path}: expected an entry {missing[0]!r} of the backbone, found none. Fetch or save it again.")
+    size, training = content["backbone"]["patch_size"], content.get("training")
+    for name, value, kind in (("patch_size", size, list), ("training", training, dict)):
+        if not isinstance(value, kind | None):
+            raise AdapterFileError(f"{path}: expected {name} to be a {kind.__name__} or null, found {value!r}.")
     return content
 
 

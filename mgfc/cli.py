@@ -19,12 +19,12 @@ EXIT_CODES = "exit status: 0 if all is well; 1 if the adapter or the model is no
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit status: 0, 1 for an `MGFCError`, or 2 (raised by argparse)."""
+    """Runs a command line and returns its exit status: 0, 1 for an `MGFCError` or an `OSError`, or 2 (raised by argparse)."""
     args = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], dict[str, Any]] = args.run
     try:
         result = run(args)
-    except MGFCError as error:
+    except (MGFCError, OSError) as error:
         if args.json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         else:

@@ -89,7 +89,9 @@ def files(backbone: nn.Module) -> tuple[bytes, dict[str, Tensor]]:
     config: Any = backbone.peft_config[NAME]  # type: ignore[index]
     values = config.to_dict() | {"inference_mode": True}
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
-    state = {_PREFIX + key: value for key, value in get_peft_model_state_dict(backbone, adapter_name=NAME).items()}
+    state = get_peft_model_state_dict(backbone, adapter_name=NAME)
+    # LoRA's bias="all" would take the calibrators' along.
+    state = {_PREFIX + key: value for key, value in state.items() if not key.startswith("calibration.")}
     return (json.dumps(values, indent=2) + "\n").encode(), state
 
 

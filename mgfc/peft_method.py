@@ -110,9 +110,10 @@ class MGFCTuner(BaseTuner):
         raise CalibrationError("mgfc: what calibrators add depends on the image, so it cannot be merged into weights.")
 
     def unload(self) -> nn.Module:
-        """Removes all calibrators and returns the model."""
-        model: nn.Module = self.model
-        return unwrap_backbone(model)
+        """Removes all calibrators and returns the model, with the modules that were saved beside them as they are now."""
+        unwrap_backbone(self.model)
+        model: nn.Module = super().unload()
+        return model
 
     @classmethod
     def _get_adapter_state_dict(

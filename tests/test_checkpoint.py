@@ -601,6 +601,8 @@ TEXTS = {
     "no backbone": (removed("backbone"), AdapterFileError, ["expected an entry 'backbone', found none"]),
     "backbone text": (changed("vit", "backbone"), AdapterFileError, ["expected an entry 'backbone', found none"]),
     "no depth": (removed("backbone", "depth"), AdapterFileError, ["expected an entry 'depth' of the backbone, found none"]),
+    "one number": (changed(14, "backbone", "patch_size"), AdapterFileError, ["patch_size to be a list or null, found 14"]),
+    "listed notes": (changed([1], "training"), AdapterFileError, ["training to be a dict or null, found [1]"]),
     "unknown key": (changed(1, "calibration", "dropout"), AdapterFileError, ["unknown key 'dropout'", "upgrade mgfc"]),
     "unknown stage key": (changed(1, "calibration", "fine", "x"), AdapterFileError, ["FineConfig: unknown key 'x'"]),
     "wrong type": (changed("8", "calibration", "rank"), AdapterFileError, ["MGFCConfig.rank: expected an int > 0, found '8'"]),

@@ -117,6 +117,8 @@ def test_convert_rein(tmp_path: Path, capsys: Capture) -> None:
     assert "rein: num_tokens 7, token_rank 4" in capsys.readouterr().out
     assert main(["convert-rein", str(tmp_path / "nothing.pth"), str(tmp_path / "out")]) == 1
     assert "AdapterNotFoundError" in capsys.readouterr().err
+    status, found = as_json(capsys, "convert-rein", str(tmp_path / "rein.pth"), str(tmp_path / "rein.pth"))
+    assert (status, found["error"]) == (1, "FileExistsError")
 
 
 @pytest.mark.parametrize("arguments", [[], ["info"], ["snow"], ["check", "test_vit", "--size", "3"]])

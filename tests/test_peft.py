@@ -143,8 +143,10 @@ class TestPeftConfig:
         assert model.calibration.layers["0"].up.weight.grad.any()
         assert_unchanged(unwrap_backbone(model), before)
 
-    def test_is_saved_and_loaded_with_the_calibrators(self, tmp_path: Path) -> None:
-        model = wrap_backbone(vit(), MGFCConfig(rank=8), peft_config=LORA)
+    @pytest.mark.parametrize("bias", ["none", "all"])
+    def test_is_saved_and_loaded_with_the_calibrators(self, bias: str, tmp_path: Path) -> None:
+        config = LoraConfig(r=2, target_modules=["qkv"], bias=bias)
+        model = wrap_backbone(vit(), MGFCConfig(rank=8), peft_config=config)
         randomise(model.calibration)
         fill_lora(model)
         model.calibration.save_pretrained(tmp_path)

@@ -97,11 +97,12 @@ def test_adapters_are_switched_disabled_and_deleted(tmp_path: Path) -> None:
 
 
 def test_unloading_gives_the_bare_backbone_back() -> None:
-    model = get_peft_model(vit(), MGFCPeftConfig(calibration=SMALL))
+    model = get_peft_model(vit(), MGFCPeftConfig(calibration=SMALL, modules_to_save=["head"]))
     randomise(get_calibration(model))
     bare = model.unload()
     assert same(bare(IMAGES), vit()(IMAGES))
     assert not hasattr(bare, "calibration")
+    assert bare.state_dict().keys() == vit().state_dict().keys()
 
 
 def test_what_cannot_be() -> None:

@@ -338,6 +338,11 @@ def test_not_a_vit(build: Callable[[], Any], message: str) -> None:
         assert_unchanged(model, before)
 
 
+def test_blocks_that_are_no_expression() -> None:
+    with pytest.raises(UnsupportedBackboneError, match=r"blocks: expected a regular expression, found '\('"):
+        wrap_backbone(tiny(), blocks="(")
+
+
 def test_graphs_and_compiled_models_are_refused() -> None:
     with pytest.raises(UnsupportedBackboneError, match="Wrap the original model first, then compile"):
         wrap_backbone(torch.compile(tiny(), backend="eager"))
