@@ -137,6 +137,8 @@ class BlockHooks:
         tensor = pick_tensor(output)
         if tensor is None:
             raise self._error(f"expected tokens from the block, found {type(output).__name__}")
+        if isinstance(output, list) and len(output) > 1:
+            raise self._error(f"expected images of one size, found a list of {len(output)} tensors. Call once for each size")
         try:
             view = view_patches(tensor, layer.dim, self.order, self.tracker, output)
         except ValueError as error:

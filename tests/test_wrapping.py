@@ -338,6 +338,18 @@ def test_not_a_vit(build: Callable[[], Any], message: str) -> None:
         assert_unchanged(model, before)
 
 
+def test_a_list_of_images_of_several_sizes_is_refused() -> None:
+    """As DINOv2's own repository takes: its blocks would return a list, of which one tensor can be told to be tokens."""
+    model = wrap_backbone(tiny(), CONFIG)
+    block = model.blocks[0]
+    plain = block.forward
+    block.forward = lambda x: [plain(item) for item in x] if isinstance(x, list) else plain(x)
+    tokens = [torch.randn(1, 25, 32), torch.randn(1, 13, 32)]
+    block(tokens[0])
+    with pytest.raises(CalibrationError, match="expected images of one size, found a list of 2 tensors"):
+        block(tokens)
+
+
 def test_blocks_that_are_no_expression() -> None:
     with pytest.raises(UnsupportedBackboneError, match=r"blocks: expected a regular expression, found '\('"):
         wrap_backbone(tiny(), blocks="(")
