@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from helpers import randomise, same
+from hub_server import HubServer
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -71,6 +72,14 @@ def test_saved_and_loaded_by_peft(tmp_path: Path) -> None:
     assert not trained(loaded)
     again = PeftModel.from_pretrained(vit(), tmp_path, is_trainable=True)
     assert trained(again) == trained(model)
+
+
+def test_pushed_and_pulled_by_peft(logged_in: HubServer) -> None:
+    model = get_peft_model(vit(), MGFCPeftConfig(calibration=SMALL, modules_to_save=["head"]))
+    randomise(get_calibration(model))
+    model.push_to_hub("org/peft")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= logged_in.files("org/peft").keys()
+    assert same(PeftModel.from_pretrained(vit(), "org/peft").eval()(IMAGES), model.eval()(IMAGES))
 
 
 def test_adapters_are_switched_disabled_and_deleted(tmp_path: Path) -> None:
