@@ -1,6 +1,6 @@
 """Segments a large set of images with Ray Data: one replica of the model on each GPU, or several on the cores.
 
-pip install "ray[data]"
+pip install -e ".[demo]" "ray[data]"
 python examples/segment_many.py PHOTOGRAPHS --out labels --replicas 8        # a folder or a bucket, to Parquet files
 """
 
