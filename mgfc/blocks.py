@@ -83,6 +83,11 @@ class BlockHooks:
             adapt = functools.partial(self._adapt, slice(start, stop))
             handles.append(module.register_forward_hook(adapt, prepend=True, with_kwargs=True))
             start = stop
+        path = self.name.split(".")
+        for end in range(len(path) + 1):  # Transformers checkpoints a block, or a stage of them
+            module = self.calibration.backbone.get_submodule(".".join(path[:end]))
+            if hasattr(type(module), "gradient_checkpointing"):
+                handles.append(module.register_forward_pre_hook(self._want_gradients, with_kwargs=True))
         return handles
 
     def watch(self, watched: bool) -> None:
@@ -93,6 +98,16 @@ class BlockHooks:
         """Before the block."""
         self.tracker.enter(args, kwargs)
         self.calibration.adapter.start_record(self.index)
+
+    def _want_gradients(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
+        """Before what Transformers checkpoints.
+
+        PyTorch's reentrant form gives gradients to nothing in there unless an input asks for some, and those of a frozen
+        backbone do not.
+        """
+        entry, checkpointing = first_tensor(args, kwargs), module.training and module.gradient_checkpointing
+        if entry is not None and checkpointing and torch.is_grad_enabled() and self.layer is not None:
+            entry.requires_grad_()
 
     def _adapt(self, channels: slice, module: nn.Module, args: Arguments, kwargs: Keywords, output: Tensor) -> Tensor | None:
         """After a map that the feed-forward network begins with, which writes these of the layer's channels."""

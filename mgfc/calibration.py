@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from mgfc import reports
 from mgfc.adapter import Adapter, Adapters, average
 from mgfc.backbones.description import max_extra_tokens, token_orders
 from mgfc.backbones.detection import Tower
-from mgfc.backbones.grid import GridTracker, first_tensor, stem_hooks
+from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.tuners import own_name, tuner_layers, tuner_parameters
 from mgfc.blocks import BlockHooks
 from mgfc.config import AdapterConfig
@@ -205,23 +204,6 @@ class Calibration(nn.Module):
         # Also on blocks that the active adapter leaves out: hooks added after torch.compile are ignored.
         for hooks, block in zip(self.blocks, tower.modules(), strict=True):
             self._handles += hooks.attach(block)
-        for name, module in tower.root.named_modules():
-            inside = [i for i, block in enumerate(tower.blocks) if block == name or block.startswith(f"{name}.")]
-            if inside and hasattr(type(module), "gradient_checkpointing"):
-                want = functools.partial(self._want_gradients, inside)
-                self._handles.append(module.register_forward_pre_hook(want, with_kwargs=True))
-
-    def _want_gradients(self, blocks: Sequence[int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before what Transformers checkpoints: a block, or a stage of them.
-
-        PyTorch's reentrant form gives gradients to nothing in there unless an input asks for some, and those of a frozen
-        backbone do not.
-        """
-        entry = first_tensor(args, kwargs)
-        if entry is None or not (module.training and module.gradient_checkpointing and torch.is_grad_enabled()):
-            return
-        if self.enabled and any(str(index) in self.layers for index in blocks):
-            entry.requires_grad_()
 
     def forward(self, x: T) -> T:
         """Returns its input: containers that run their children in order, as timm's `FeatureListNet`, pass through."""

@@ -49,17 +49,13 @@ class FineCalib(nn.Module):
         maps = torch.cat([maps[..., :1]] * pad + [maps] + [maps[..., -1:]] * pad, dim=3)
         return F.conv2d(maps, self.kernel.unsqueeze(1), groups=tokens.shape[-1]).flatten(2).mT
 
-    def share(self, tokens: Tensor) -> Tensor:
-        """The logits of the share of detail that is let through at each patch: (B, h*w, C) -> (B, h*w, 1)."""
-        logits: Tensor = self.select(F.layer_norm(tokens, tokens.shape[-1:]))
-        return logits
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, tokens: Tensor, grid: tuple[int, int], record: dict[str, Tensor] | None = None) -> Tensor:
         """Refines patch tokens.
 
         Args:
             tokens: (B, h*w, C) in raster order.
             grid: (h, w) in patches.
+            record: takes "share", the logits of what is let through at each patch, (B, h*w).
 
         Returns:
             (B, h*w, C).
@@ -73,4 +69,7 @@ class FineCalib(nn.Module):
                 f"FineCalib: expected {height} x {width} = {height * width} tokens, found {tokens.shape[1]}. "
                 "Leave extra tokens (class, registers) out."
             )
-        return tokens + self.gate * self.share(tokens).sigmoid() * self.high_pass(tokens, grid)
+        logits: Tensor = self.select(F.layer_norm(tokens, tokens.shape[-1:]))
+        if record is not None:
+            record["share"] = logits.squeeze(-1)
+        return tokens + self.gate * logits.sigmoid() * self.high_pass(tokens, grid)

@@ -92,7 +92,5 @@ class CalibLayer(nn.Module):
             if record is not None:
                 record["similarity"] = self.medium.similarity(tokens)
         if self.fine is not None and grid is not None:
-            if record is not None:
-                record["share"] = self.fine.share(tokens).squeeze(-1)
-            tokens = self.fine(tokens, grid)
+            tokens = self.fine(tokens, grid, record)
         return tokens
