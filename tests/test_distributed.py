@@ -104,12 +104,11 @@ def work(rank: int, kind: str, folder: str, options: dict[str, Any]) -> None:
     if options.get("checkpointing"):
         model.maps.backbone.set_grad_checkpointing()
     wrapped = distribute(model, kind)
+    if "load" in options:
+        load_shards(wrapped, options["load"])
     curve = train(wrapped, rank, WORLD, options.get("autocast", False))
-    if options.get("resume"):
-        interrupted, model = wrapped, Segmenter(options["config"])
-        wrapped = distribute(model, kind)
-        hand_over(interrupted, wrapped, f"{folder}/shards")
-        curve += train(wrapped, rank, WORLD)
+    if "save" in options:
+        save_shards(wrapped, options["save"])
     calibration = model.maps.backbone.calibration
     if kind in ("fsdp", "zero3") or rank == 0:
         calibration.save_pretrained(f"{folder}/adapter")
@@ -137,20 +136,24 @@ def distribute(model: Segmenter, kind: str) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-def hand_over(trained: Any, fresh: Any, folder: str) -> None:
-    """By way of a checkpoint, without the backbone."""
-    if hasattr(trained, "save_checkpoint"):
-        trained.save_checkpoint(folder, exclude_frozen_parameters=True)
-        fresh.load_checkpoint(folder, load_module_strict=False)
-        return
-    saved, wanted = ({name: state[name] for name in adapted(state)} for state in (trained.state_dict(), fresh.state_dict()))
-    torch.distributed.checkpoint.save(saved, checkpoint_id=folder)
-    torch.distributed.checkpoint.load(wanted, checkpoint_id=folder)
+def save_shards(model: Any, folder: str) -> None:
+    """A checkpoint without the backbone, in the engine's own format."""
+    if hasattr(model, "save_checkpoint"):
+        model.save_checkpoint(folder, exclude_frozen_parameters=True)
+    else:
+        torch.distributed.checkpoint.save(adapted(model.state_dict()), checkpoint_id=folder)
 
 
-def adapted(state: dict[str, Tensor]) -> list[str]:
+def load_shards(model: Any, folder: str) -> None:
+    if hasattr(model, "load_checkpoint"):
+        model.load_checkpoint(folder, load_module_strict=False)
+    else:
+        torch.distributed.checkpoint.load(adapted(model.state_dict()), checkpoint_id=folder)
+
+
+def adapted(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of all that the model holds, what training changes."""
-    return [name for name in state if "calibration" in name or name.startswith("head.")]
+    return {name: value for name, value in state.items() if "calibration" in name or name.startswith("head.")}
 
 
 def zero_config(stage: int) -> dict[str, Any]:
@@ -237,14 +240,19 @@ def test_one_process_of_all_pushes_what_is_sharded(logged_in: HubServer, tmp_pat
 
 @pytest.mark.parametrize("kind", ENGINES[1:])
 def test_a_checkpoint_of_the_adapter_alone_resumes(kind: str, tmp_path: Path) -> None:
-    curve, state = run(kind, tmp_path, config=NO_LOSSES, resume=True)
+    shards, (first, second) = tmp_path / "shards", (tmp_path / "first", tmp_path / "second")
+    for folder in (first, second):
+        folder.mkdir()
+    curve, _ = run(kind, first, config=NO_LOSSES, save=str(shards))
+    resumed, state = run(kind, second, config=NO_LOSSES, load=str(shards))
+    curve += resumed
     expected, parameters = alone(config=NO_LOSSES, resume=True)
     assert len(curve) == 2 * STEPS and expected[-1] < expected[STEPS]
     assert max(abs(a - b) for a, b in zip(curve, expected, strict=True)) <= 1e-5
     for key, value in parameters.items():
         torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
     if kind == "fsdp":
-        saved = torch.distributed.checkpoint.FileSystemReader(tmp_path / "shards").read_metadata().state_dict_metadata
+        saved = torch.distributed.checkpoint.FileSystemReader(shards).read_metadata().state_dict_metadata
         assert sorted(saved) == sorted(adapted(Segmenter(NO_LOSSES).state_dict()))
 
 
