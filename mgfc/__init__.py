@@ -3,11 +3,10 @@
 An implementation of the published description of Multi-Granularity Feature Calibration (arXiv 2508.03007).
 """
 
-__version__ = "0.1.0"
-
+from mgfc._version import __version__
+from mgfc.blocks import BlockReport
 from mgfc.calibration import Calibration
 from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib, ReinCalib
-from mgfc.checkpoint import load_head
 from mgfc.config import CoarseConfig, FineConfig, MediumConfig, MGFCConfig, ReinConfig
 from mgfc.errors import (
     AdapterFileError,
@@ -21,7 +20,7 @@ from mgfc.errors import (
 )
 from mgfc.features import FeatureMaps
 from mgfc.heads import SegmentationHead
-from mgfc.reports import BlockReport
+from mgfc.storage.loading import load_head
 from mgfc.wrapping import get_calibration, unwrap_backbone, wrap_backbone
 
 __all__ = [
@@ -47,6 +46,7 @@ __all__ = [
     "ReinConfig",
     "SegmentationHead",
     "UnsupportedBackboneError",
+    "__version__",
     "get_calibration",
     "load_head",
     "unwrap_backbone",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -13,13 +12,16 @@ from torch import Tensor, nn
 
 from mgfc.backbones.description import BlockWidths
 from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib, ReinCalib
-from mgfc.calibrators.rein import ReinMaps
+from mgfc.calibrators.linear import PlainLinear
+from mgfc.calibrators.rein import ReinShared
 from mgfc.calibrators.running import RunningMean, is_recomputing
-from mgfc.config import AdapterConfig, CoarseConfig, FineConfig, MediumConfig, MGFCConfig, ReinConfig, select_layers
+from mgfc.config import AdapterConfig, CoarseConfig, FineConfig, Layers, MediumConfig, MGFCConfig, ReinConfig, expect
 from mgfc.errors import CalibrationError, ConfigError
 from mgfc.losses import check_labels, coarse_loss, fine_loss, label_boundaries, label_mix, medium_loss
 
 GRANULARITIES = ("coarse", "medium", "fine")
+LOW_RANK = "low-rank"
+STAGES = (LOW_RANK, *GRANULARITIES)
 
 
 class _Records(dict[int, dict[str, Any]]):
@@ -49,9 +51,9 @@ class Adapter(nn.Module):
     def __init__(self, config: AdapterConfig, widths: Sequence[BlockWidths]) -> None:
         super().__init__()
         self.config = config
-        self.presence: nn.Linear | None = None
-        self.category: nn.Linear | None = None
-        self.maps: ReinMaps | None = None
+        self.presence: PlainLinear | None = None
+        self.category: PlainLinear | None = None
+        self.maps: ReinShared | None = None  # named as in files of format 1
         self._records = _Records()
         indices = select_layers(config.layers, len(widths), f"{type(config).__name__}.layers")
         if isinstance(config, ReinConfig):
@@ -64,8 +66,8 @@ class Adapter(nn.Module):
         if len(dims) > 1:
             raise ConfigError(f"ReinConfig: expected blocks of one width, found {sorted(dims)}. Use MGFCConfig.")
         (dim,) = dims
-        self.maps = maps = ReinMaps(dim)
-        layers = {str(i): ReinCalib(dim, maps, config.num_tokens, config.token_rank) for i in indices}
+        self.maps = shared = ReinShared(dim)
+        layers = {str(i): ReinCalib(dim, shared, config.num_tokens, config.token_rank) for i in indices}
         self.layers = nn.ModuleDict(layers)
 
     def _build(self, config: MGFCConfig, indices: tuple[int, ...], widths: Sequence[BlockWidths]) -> None:
@@ -77,9 +79,9 @@ class Adapter(nn.Module):
             )
         self.layers = nn.ModuleDict(_build_layers(config, indices, widths))
         num_classes, weights = config.num_classes or 0, config.loss_weights
-        self.presence = nn.Linear(config.rank, num_classes) if "coarse" in weights else None
+        self.presence = PlainLinear(config.rank, num_classes) if "coarse" in weights else None
         num_prototypes = config.medium.num_prototypes if config.medium else 0
-        self.category = nn.Linear(num_prototypes, num_classes) if "medium" in weights else None
+        self.category = PlainLinear(num_prototypes, num_classes) if "medium" in weights else None
 
     @property
     def num_classes(self) -> int:
@@ -100,10 +102,10 @@ class Adapter(nn.Module):
     def count_stages(self) -> Iterator[tuple[int, dict[str, int]]]:
         """Parameters of each block's stages, by block index."""
         for key, layer in self.layers.items():
-            counts = dict.fromkeys(("bottleneck", *GRANULARITIES), 0)
+            counts = dict.fromkeys(STAGES, 0)
             for name, parameter in layer.named_parameters():
                 stage = name.split(".")[0]
-                counts[stage if stage in counts else "bottleneck"] += parameter.numel()
+                counts[stage if stage in counts else LOW_RANK] += parameter.numel()
             yield int(key), counts
 
     def start_record(self, index: int) -> None:
@@ -156,65 +158,6 @@ class Adapter(nn.Module):
         return torch.stack(terms).mean() if terms else torch.zeros((), device=labels.device)
 
 
-class Adapters(nn.Module):
-    """Adapters by name.
-
-    PEFT freezes whatever it does not know, and takes every linear map for a target. What it does know are its own tuners'
-    layers, so it is told that this is one. It then leaves the calibrators as they are, whatever it does to the backbone
-    later, and what it calls here does nothing.
-    """
-
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ()
-    active_adapters: tuple[str, ...] = ()
-    active_adapter: tuple[str, ...] = ()
-    merged_adapters: tuple[str, ...] = ()
-    merged = False
-    disable_adapters = False
-    # PEFT takes parameters whose names hold the name of its own adapter for that adapter's.
-    _PREFIX = "mgfc_"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = nn.ModuleDict()  # the name of a tuner's child that PEFT neither saves nor counts as its own
-
-    def __iter__(self) -> Iterator[str]:
-        return (key.removeprefix(self._PREFIX) for key in self.model)
-
-    def __contains__(self, name: object) -> bool:
-        return f"{self._PREFIX}{name}" in self.model
-
-    def __getitem__(self, name: str) -> Adapter:
-        return cast(Adapter, self.model[self._PREFIX + name])
-
-    def __setitem__(self, name: str, adapter: Adapter) -> None:
-        self.model[self._PREFIX + name] = adapter
-
-    def __delitem__(self, name: str) -> None:
-        del self.model[self._PREFIX + name]
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """As of any module. PEFT begins with this walk, and may have been imported a moment ago."""
-        if "peft" in sys.modules:
-            from peft.tuners.tuners_utils import BaseTunerLayer
-
-            BaseTunerLayer.register(Adapters)
-        yield from super().named_modules(*args, **kwargs)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Adapters:
-        """Nothing: so PEFT and Transformers freeze tuners' layers. A `Calibration` and each `Adapter` do as they are told."""
-        return self
-
-    def _ignore(self, *args: object, **kwargs: object) -> None:
-        """Nothing to do with a tuner of PEFT's."""
-
-    enable_adapters = set_adapter = set_requires_grad = delete_adapter = merge = unmerge = _ignore
-    _freeze_non_trainable_peft_weights = _ignore
-
-    def _get_available_adapters(self) -> set[str]:
-        return set()
-
-
 def _build_layers(config: MGFCConfig, indices: tuple[int, ...], widths: Sequence[BlockWidths]) -> dict[str, nn.Module]:
     def chosen(name: str, stage: CoarseConfig | MediumConfig | FineConfig | None) -> tuple[int, ...]:
         where = f"MGFCConfig.{name}.layers"
@@ -235,6 +178,31 @@ def _build_layers(config: MGFCConfig, indices: tuple[int, ...], widths: Sequence
             FineCalib(dim, fine.kernel_size) if fine and index in in_fine else None,
         )
     return layers
+
+
+def select_layers(layers: Layers, depth: int, where: str, among: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The block indices that a `layers` value names, ascending, for a backbone of `depth` blocks.
+
+    Args:
+        layers: "all", "first:n", "last:n" or block indices.
+        depth: blocks of the backbone.
+        where: the field, for errors.
+        among: the only blocks to choose from; "first:n" and "last:n" then count these, and take all if they are fewer.
+
+    Raises:
+        ConfigError: if it names a block that is not there.
+    """
+    blocks = tuple(range(depth) if among is None else among)
+    if isinstance(layers, str):
+        kind, _, count = layers.partition(":")
+        if kind == "all":
+            return blocks
+        expect(among is not None or int(count) <= depth, where, f"at most the backbone's {depth} blocks", layers)
+        return blocks[: int(count)] if kind == "first" else blocks[-int(count) :]
+    chosen = {i % depth if -depth <= i < depth else i for i in layers}
+    expected = f"block indices of a backbone of {depth} blocks" if among is None else f"calibrated blocks, that is, {blocks}"
+    expect(chosen <= set(blocks), where, expected, layers)
+    return tuple(sorted(chosen))
 
 
 @torch.no_grad()

@@ -1,16 +1,18 @@
-"""What happens to the tokens of one block when a host calls it: three hooks that run the active adapter's layer."""
+"""What happens to the tokens of one block when a host calls it: hooks that run the layer of the active adapter."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mgfc.backbones.description import entry_maps, linear_size
-from mgfc.backbones.grid import GridTracker, first_tensor, tag
+from mgfc.adapter import Adapter
+from mgfc.backbones.description import first_linears, linear_size
+from mgfc.backbones.grid import Grid, GridTracker, first_tensor, tag
 from mgfc.backbones.layout import (
     Order,
     PatchView,
@@ -25,67 +27,103 @@ from mgfc.backbones.layout import (
 from mgfc.calibrators import CalibLayer, ReinCalib
 from mgfc.calibrators.running import as_one_batch, is_recomputing
 from mgfc.errors import CalibrationError
-from mgfc.reports import BlockReport
-
-if TYPE_CHECKING:
-    from mgfc.calibration import Calibration
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
+
+
+class Active:
+    """The adapter that the hooks of one backbone run, and whether they run it.
+
+    Args:
+        adapter: the active one.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.enabled = True
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What one calibrated block saw in a forward.
+
+    Args:
+        name: the block's name in the backbone.
+        shape: of the block's tensor.
+        grid: (h, w) of its patches, or None where it has none.
+        num_patches: patches refined in each image.
+        leading: extra tokens before the patches, passed through.
+        trailing: extra tokens after them, passed through.
+        changed: whether refinement changed anything; False in a fresh calibration.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    grid: Grid | None
+    num_patches: int
+    leading: int
+    trailing: int
+    changed: bool
+
+    def __str__(self) -> str:
+        grid = "no grid, fine stage skipped" if self.grid is None else f"grid {self.grid[0]} x {self.grid[1]}"
+        extra = f"{self.leading} leading and {self.trailing} trailing tokens passed through"
+        return f"{self.name}: {self.num_patches} patches, {grid}, {extra}, {'refined' if self.changed else 'unchanged'}"
 
 
 class BlockHooks:
     """The hooks of one block.
 
     Args:
-        calibration: whose active adapter is run.
-        index: of the block in the backbone.
+        name: of the block in the backbone.
+        index: of the block among all.
         order: how sequences of the block are ordered.
         tracker: of the backbone's grids.
+        active: what to run, shared by the hooks of all blocks.
 
     Attributes:
         watched: whether forwards leave the next two.
         report: on the last forward.
-        adapted: whether the bottleneck changed anything in it; None if it was not run.
+        adapted: whether the low-rank adapter changed anything in it; None if it was not run.
     """
 
-    def __init__(self, calibration: Calibration, index: int, order: Order, tracker: GridTracker) -> None:
-        self.calibration = calibration
+    def __init__(self, name: str, index: int, order: Order, tracker: GridTracker, active: Active) -> None:
+        self.name = name
         self.index = index
         self.order = order
         self.tracker = tracker
+        self.active = active
         self.watched = False
         self.report: BlockReport | None = None
         self.adapted: bool | None = None
+        self._owner = ""
         self._extras: dict[int, tuple[int, int]] = {}
-
-    @property
-    def name(self) -> str:
-        """The block's name in the backbone."""
-        return self.calibration.block_names[self.index]
 
     @property
     def layer(self) -> CalibLayer | ReinCalib | None:
         """What the active adapter has for the block."""
-        layers, key = self.calibration.layers, str(self.index)
-        return cast("CalibLayer | ReinCalib", layers[key]) if self.calibration.enabled and key in layers else None
+        layers, key = self.active.adapter.layers, str(self.index)
+        return cast("CalibLayer | ReinCalib", layers[key]) if self.active.enabled and key in layers else None
 
-    def attach(self, block: nn.Module) -> list[Any]:
-        """Registers the hooks and returns the removable handles."""
+    def attach(self, root: nn.Module) -> list[Any]:
+        """Registers the hooks in a backbone and returns the removable handles."""
+        self._owner = type(root).__name__
+        block = root.get_submodule(self.name)
         handles: list[Any] = [
             block.register_forward_pre_hook(self._enter, with_kwargs=True),
             # Transformers captures feature maps by hooks of its own: ours has to run before them.
             block.register_forward_hook(self._leave, prepend=True, with_kwargs=True),
         ]
         start = 0
-        for module in entry_maps(block):
+        for module in first_linears(block):
             stop = start + linear_size(module)[1]
             adapt = functools.partial(self._adapt, slice(start, stop))
             handles.append(module.register_forward_hook(adapt, prepend=True, with_kwargs=True))
             start = stop
         path = self.name.split(".")
         for end in range(len(path) + 1):  # Transformers checkpoints a block, or a stage of them
-            module = self.calibration.backbone.get_submodule(".".join(path[:end]))
+            module = root.get_submodule(".".join(path[:end]))
             if hasattr(type(module), "gradient_checkpointing"):
                 handles.append(module.register_forward_pre_hook(self._want_gradients, with_kwargs=True))
         return handles
@@ -97,7 +135,7 @@ class BlockHooks:
     def _enter(self, block: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         """Before the block."""
         self.tracker.enter(args, kwargs)
-        self.calibration.adapter.start_record(self.index)
+        self.active.adapter.start_record(self.index)
 
     def _want_gradients(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         """Before what Transformers checkpoints.
@@ -110,7 +148,7 @@ class BlockHooks:
             entry.requires_grad_()
 
     def _adapt(self, channels: slice, module: nn.Module, args: Arguments, kwargs: Keywords, output: Tensor) -> Tensor | None:
-        """After a map that the feed-forward network begins with, which writes these of the layer's channels."""
+        """After a linear layer that the feed-forward network begins with, whose output is these channels of H."""
         layer, tensor = self.layer, first_tensor(args, kwargs)
         if not isinstance(layer, CalibLayer) or tensor is None:
             return None
@@ -119,13 +157,13 @@ class BlockHooks:
         except ValueError as error:
             raise self._error(f"feed-forward network: {error}") from None
         leading, trailing = self._extra(tokens)
-        z = layer.bottleneck(tokens[:, leading : tokens.shape[1] - trailing].to(layer.down.weight.dtype))
-        record = self.calibration.adapter.record(self.index)
+        z = layer.reduce(tokens[:, leading : tokens.shape[1] - trailing].to(layer.down.weight.dtype))
+        record = self.active.adapter.record(self.index)
         if record is not None:
             record["scene"] = z.flatten(1, -2).mean(dim=1)
         if leading or trailing:
             z = F.pad(z, (0, 0, leading, trailing))
-        delta = layer.widen(z, channels)
+        delta = layer.expand(z, channels)
         adapted = output + channels_back(delta, moved).to(output.dtype)
         if self.watched:
             self.adapted = not torch.equal(adapted, output)
@@ -171,7 +209,7 @@ class BlockHooks:
 
     def _calibrate(self, layer: CalibLayer | ReinCalib, patches: Tensor, view: PatchView, mask: Tensor | None) -> Tensor:
         """The patches that leave the block, as the layer makes them; `mask` tells real tokens from padding."""
-        record = self.calibration.adapter.record(self.index)
+        record = self.active.adapter.record(self.index)
         if record is not None:
             record |= {"grid": view.grid, "batch": len(patches)}
         if mask is None:
@@ -183,7 +221,7 @@ class BlockHooks:
 
     def _error(self, problem: str) -> CalibrationError:
         return CalibrationError(
-            f"Block {self.name!r} of {type(self.calibration.backbone).__name__}: {problem}. "
+            f"Block {self.name!r} of {self._owner}: {problem}. "
             "Leave the block out with MGFCConfig(layers=...) or name other blocks with wrap_backbone(..., blocks=...)."
         )
 

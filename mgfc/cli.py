@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import mgfc
+from mgfc._version import __version__
 from mgfc.adapter import GRANULARITIES
 from mgfc.errors import AdapterNotFoundError, CalibrationError, MGFCError, UnsupportedBackboneError
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mgfc", description="Calibrators for vision transformers.", epilog=EXIT_CODES)
-    parser.add_argument("--version", action="version", version=f"mgfc {mgfc.__version__}")
+    parser.add_argument("--version", action="version", version=f"mgfc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="what an adapter is, for which backbone, and its figures", epilog=EXIT_CODES)
     info.add_argument("adapter", metavar="PATH_OR_REPO", help="directory or Hub repository of an adapter")
@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from mgfc.checkpoint import CONFIG, HEAD, WEIGHTS, locate, read_config, read_tensors
+    from mgfc.storage.format import CONFIG, HEAD, WEIGHTS, read_config, read_tensors
+    from mgfc.storage.loading import locate
 
     find = locate(args.adapter, revision=args.revision)
     content = read_config(find(CONFIG))
@@ -101,7 +102,7 @@ def _list(value: object) -> str:
 
 
 def _convert(args: argparse.Namespace) -> dict[str, Any]:
-    from mgfc.rein import convert_rein
+    from mgfc.interop.rein import convert_rein
 
     adapter = convert_rein(args.checkpoint, args.directory)
     values = adapter.config.to_dict()

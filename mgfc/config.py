@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypeVar
 
@@ -13,7 +13,7 @@ Layers = str | tuple[int, ...] | list[int]
 C = TypeVar("C", bound="_Config")
 
 
-def _expect(condition: bool, where: str, expected: str, found: object) -> None:
+def expect(condition: bool, where: str, expected: str, found: object) -> None:
     if not condition:
         raise ConfigError(f"{where}: expected {expected}, found {found!r}.")
 
@@ -40,7 +40,7 @@ class _Config:
         Raises:
             ConfigError: on an unknown key, a wrong type or an impossible value.
         """
-        _expect(isinstance(values, Mapping), cls.__name__, "a mapping of its fields", values)
+        expect(isinstance(values, Mapping), cls.__name__, "a mapping of its fields", values)
         known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - set(known), key=str)
         if unknown:
@@ -60,22 +60,20 @@ class _Config:
         if isinstance(layers, list):
             layers = tuple(layers)
             object.__setattr__(self, "layers", layers)
-        where = f"{type(self).__name__}.layers"
         if isinstance(layers, str):
             kind, _, count = layers.partition(":")
             valid = layers == "all" or (kind in ("first", "last") and count.isdecimal() and int(count) > 0)
-            _expect(valid, where, '"all", "first:n", "last:n" or a tuple of block indices', layers)
         else:
             valid = isinstance(layers, tuple) and len(layers) > 0 and all(_is_int(i) for i in layers)
-            _expect(valid, where, '"all", "first:n", "last:n" or a tuple of block indices', layers)
+        expect(valid, f"{type(self).__name__}.layers", '"all", "first:n", "last:n" or a tuple of block indices', layers)
 
     def _check_strength(self, strength: float) -> None:
         valid = _is_number(strength) and 0 <= strength <= 1
-        _expect(valid, f"{type(self).__name__}.strength", "a number from 0 to 1", strength)
+        expect(valid, f"{type(self).__name__}.strength", "a number from 0 to 1", strength)
 
     def _check_weight(self, weight: float) -> None:
-        where = f"{type(self).__name__}.loss_weight"
-        _expect(_is_number(weight) and weight >= 0, where, "a finite number >= 0", weight)
+        valid = _is_number(weight) and weight >= 0
+        expect(valid, f"{type(self).__name__}.loss_weight", "a finite number >= 0", weight)
 
 
 def _as_items(config: _Config) -> list[tuple[str, Any]]:
@@ -91,7 +89,7 @@ class CoarseConfig(_Config):
     """The coarse stage: scene-level statistics (see `CoarseCalib`).
 
     Args:
-        strength: how far the statistics of a scene that is far from the source's are drawn to those, from 0 to 1.
+        strength: s, from 0 to 1: the share of the way to the source's statistics that a scene far from them is moved.
         layers: which of the calibrated blocks have this stage: "all", "first:n" or "last:n" of them, or block indices
             (negative ones count from the end).
         loss_weight: weight of the loss on which categories the scene holds; 0 turns it off.
@@ -114,7 +112,7 @@ class MediumConfig(_Config):
     Args:
         num_prototypes: categories K of each block.
         temperature: tau of the softmax over cosine similarities.
-        strength: how far a category that is far from the source's is drawn to that, from 0 to 1.
+        strength: s, from 0 to 1: the share of the way to the source's prototype that a category far from it is moved.
         layers: which of the calibrated blocks have this stage, as in `CoarseConfig`.
         loss_weight: weight of the loss on each patch's mix of categories; 0 turns it off.
     """
@@ -127,9 +125,9 @@ class MediumConfig(_Config):
 
     def __post_init__(self) -> None:
         valid = _is_int(self.num_prototypes) and self.num_prototypes > 0
-        _expect(valid, "MediumConfig.num_prototypes", "an int > 0", self.num_prototypes)
+        expect(valid, "MediumConfig.num_prototypes", "an int > 0", self.num_prototypes)
         valid = _is_number(self.temperature) and self.temperature > 0
-        _expect(valid, "MediumConfig.temperature", "a finite number > 0", self.temperature)
+        expect(valid, "MediumConfig.temperature", "a finite number > 0", self.temperature)
         self._check_strength(self.strength)
         self._check_layers(self.layers)
         self._check_weight(self.loss_weight)
@@ -151,7 +149,7 @@ class FineConfig(_Config):
 
     def __post_init__(self) -> None:
         valid = _is_int(self.kernel_size) and self.kernel_size > 1 and self.kernel_size % 2 == 1
-        _expect(valid, "FineConfig.kernel_size", "an odd int > 1", self.kernel_size)
+        expect(valid, "FineConfig.kernel_size", "an odd int > 1", self.kernel_size)
         self._check_layers(self.layers)
         self._check_weight(self.loss_weight)
 
@@ -161,7 +159,7 @@ class MGFCConfig(_Config):
     """The calibrators of one backbone.
 
     Args:
-        rank: bottleneck width r; at most the width of the narrowest feed-forward network's input.
+        rank: r of the low-rank adapters; at most the width of the narrowest feed-forward network's input.
         layers: blocks that get a calibrator: "all", "first:n", "last:n" or block indices (negative ones count from the end).
         coarse: the coarse stage, or None to leave it out.
         medium: the medium stage, or None to leave it out.
@@ -184,17 +182,17 @@ class MGFCConfig(_Config):
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        _expect(_is_int(self.rank) and self.rank > 0, "MGFCConfig.rank", "an int > 0", self.rank)
+        expect(_is_int(self.rank) and self.rank > 0, "MGFCConfig.rank", "an int > 0", self.rank)
         self._check_layers(self.layers)
         for name, stage_class in _stage_classes().items():
             stage = getattr(self, name)
             valid = stage is None or isinstance(stage, stage_class)
-            _expect(valid, f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
+            expect(valid, f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
         valid = self.num_classes is None or (_is_int(self.num_classes) and self.num_classes > 0)
-        _expect(valid, "MGFCConfig.num_classes", "an int > 0 or None", self.num_classes)
+        expect(valid, "MGFCConfig.num_classes", "an int > 0 or None", self.num_classes)
         if self.loss_weights:
             expected = "the number of label categories, since a loss_weight is above 0"
-            _expect(self.num_classes is not None, "MGFCConfig.num_classes", expected, None)
+            expect(self.num_classes is not None, "MGFCConfig.num_classes", expected, None)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -218,9 +216,9 @@ class ReinConfig(_Config):
     layers: Layers = "all"
 
     def __post_init__(self) -> None:
-        _expect(_is_int(self.num_tokens) and self.num_tokens > 1, "ReinConfig.num_tokens", "an int > 1", self.num_tokens)
+        expect(_is_int(self.num_tokens) and self.num_tokens > 1, "ReinConfig.num_tokens", "an int > 1", self.num_tokens)
         valid = self.token_rank is None or (_is_int(self.token_rank) and self.token_rank > 0)
-        _expect(valid, "ReinConfig.token_rank", "an int > 0 or None", self.token_rank)
+        expect(valid, "ReinConfig.token_rank", "an int > 0 or None", self.token_rank)
         self._check_layers(self.layers)
 
     @property
@@ -235,7 +233,7 @@ def read_config(method: object, values: Mapping[str, Any]) -> AdapterConfig:
     Raises:
         ConfigError: if there is no such method, or the dict is not one of its configurations.
     """
-    _expect(method in METHODS, "method", f"one of {', '.join(METHODS)}", method)
+    expect(method in METHODS, "method", f"one of {', '.join(METHODS)}", method)
     return METHODS[str(method)].from_dict(values)
 
 
@@ -250,28 +248,3 @@ METHODS: dict[str, type[MGFCConfig] | type[ReinConfig]] = {"mgfc": MGFCConfig, "
 
 def _stage_classes() -> dict[str, type[_Config]]:
     return {"coarse": CoarseConfig, "medium": MediumConfig, "fine": FineConfig}
-
-
-def select_layers(layers: Layers, depth: int, where: str, among: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The block indices that a `layers` value names, ascending, for a backbone of `depth` blocks.
-
-    Args:
-        layers: "all", "first:n", "last:n" or block indices.
-        depth: blocks of the backbone.
-        where: the field, for errors.
-        among: the only blocks to choose from; "first:n" and "last:n" then count these, and take all if they are fewer.
-
-    Raises:
-        ConfigError: if it names a block that is not there.
-    """
-    blocks = tuple(range(depth) if among is None else among)
-    if isinstance(layers, str):
-        kind, _, count = layers.partition(":")
-        if kind == "all":
-            return blocks
-        _expect(among is not None or int(count) <= depth, where, f"at most the backbone's {depth} blocks", layers)
-        return blocks[: int(count)] if kind == "first" else blocks[-int(count) :]
-    chosen = {i % depth if -depth <= i < depth else i for i in layers}
-    expected = f"block indices of a backbone of {depth} blocks" if among is None else f"calibrated blocks, that is, {blocks}"
-    _expect(chosen <= set(blocks), where, expected, layers)
-    return tuple(sorted(chosen))

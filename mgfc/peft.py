@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +23,43 @@ Tuner: TypeAlias = "tuple[PeftConfig, dict[str, Tensor] | None]"
 # PEFT's own names of files; its adapter has this name in the backbone.
 _PREFIX = "base_model.model."
 CONFIG, WEIGHTS, NAME = "adapter_config.json", "adapter_model.safetensors", "default"
+
+
+def guard() -> nn.Module | None:
+    """A module that keeps PEFT from freezing the calibrators beside it; None while PEFT is not imported.
+
+    The first adapter that PEFT puts into a model freezes all parameters of the model; later ones leave the flags of what is
+    there as they are. PEFT tells the two apart by looking for its own layers, so this is one that adapts nothing. (Flags of
+    parameters whose names hold the name of PEFT's adapter between dots are not kept, which is why the calibrators of an
+    adapter "default" are named `calibration.adapter_default`, not `calibration.default`.)
+    """
+    return _make_guard() if "peft" in sys.modules else None
+
+
+def _make_guard() -> nn.Module:
+    return _guard_class()()
+
+
+@functools.cache
+def _guard_class() -> type[nn.Module]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    class PeftGuard(nn.Module, BaseTunerLayer):
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            """Nothing to merge."""
+
+        def unmerge(self) -> None:
+            """Nothing to take back."""
+
+        def __reduce__(self) -> tuple[Any, tuple[()]]:
+            return _make_guard, ()
+
+    return PeftGuard
+
+
+def froze(parameters: Iterable[nn.Parameter], backbone: nn.Module) -> bool:
+    """Whether an adapter of PEFT's, put into a backbone after the calibrators, froze these parameters."""
+    return not any(p.requires_grad for p in parameters) and next(tuner_layers(backbone), None) is not None
 
 
 def inject(backbone: nn.Module, config: PeftConfig, state: dict[str, Tensor] | None = None) -> None:
@@ -73,17 +113,19 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
 
 
 def eject(backbone: nn.Module) -> None:
-    """Takes the adapters of PEFT's out again, leaving what they wrap."""
+    """Removes PEFT's adapters, leaving what they wrap."""
     for name, _, wrapped in list(tuner_layers(backbone)):
-        if wrapped is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), child, wrapped)
+        parent, _, child = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, wrapped)
     if hasattr(backbone, "peft_config"):
         del backbone.peft_config
 
 
-def files(backbone: nn.Module) -> tuple[bytes, dict[str, Tensor]]:
-    """What PEFT would write of its adapter: the configuration, and the parameters."""
+NO_FILES: Mapping[str, None] = {CONFIG: None, WEIGHTS: None}
+
+
+def files(backbone: nn.Module) -> dict[str, bytes | dict[str, Tensor]]:
+    """What PEFT would write of its adapter, by file name: the configuration, and the parameters."""
     from peft import get_peft_model_state_dict
 
     config: Any = backbone.peft_config[NAME]  # type: ignore[index]
@@ -92,7 +134,7 @@ def files(backbone: nn.Module) -> tuple[bytes, dict[str, Tensor]]:
     state = get_peft_model_state_dict(backbone, adapter_name=NAME)
     # LoRA's bias="all" would take the calibrators' along.
     state = {_PREFIX + key: value for key, value in state.items() if not key.startswith("calibration.")}
-    return (json.dumps(values, indent=2) + "\n").encode(), state
+    return {CONFIG: (json.dumps(values, indent=2) + "\n").encode(), WEIGHTS: state}
 
 
 def read_config(path: Path) -> PeftConfig:

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from mgfc.adapter import Adapter
 from mgfc.backbones.detection import Tower, find_tower
 from mgfc.calibration import Calibration
-from mgfc.checkpoint import build
 from mgfc.config import AdapterConfig
 from mgfc.distributed import gathered
 from mgfc.errors import CalibrationError, ConfigError, UnsupportedBackboneError
-from mgfc.peft import Tuner
+from mgfc.storage.loading import make_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -79,24 +77,13 @@ def wrap_backbone(
     with gathered(backbone):
         tower = find_tower(backbone, blocks)
         _reject_wrapped(backbone, tower)
-        built, tuner = build(tower, adapter, **hub_options)
+        built, tuner = make_adapter(tower, adapter, **hub_options)
         if peft_config is not None:
             if tuner is not None:
                 raise ConfigError(f"peft_config: {adapter} has an adapter of PEFT's of its own. Leave peft_config out.")
             tuner = peft_config, None
-        calibration = _attach(tower, "default", built, tuner)
-    if freeze:
-        calibration.freeze()
+        Calibration(tower, built).attach(tower, tuner, freeze=freeze)
     return backbone
-
-
-def _attach(tower: Tower, name: str, adapter: Adapter, tuner: Tuner | None = None) -> Calibration:
-    calibration = Calibration(tower)
-    calibration.train(tower.root.training)
-    calibration.put_adapter(name, adapter, tower.root)
-    calibration.attach(tower, tuner)
-    tower.root.calibration = calibration
-    return calibration
 
 
 def attach_adapter(model: nn.Module, name: str, config: AdapterConfig, blocks: str | None = None) -> None:
@@ -110,14 +97,14 @@ def attach_adapter(model: nn.Module, name: str, config: AdapterConfig, blocks: s
         return
     tower = find_tower(model, blocks)
     _reject_wrapped(model, tower)
-    adapter, _ = build(tower, config)
-    _attach(tower, name, adapter).freeze()
+    adapter, _ = make_adapter(tower, config)
+    Calibration(tower, adapter, name).attach(tower)
 
 
 def unwrap_backbone(backbone: M) -> M:
     """Removes the calibrators and hooks, and gives back the `requires_grad` flags as they were before.
 
-    A backbone that `peft` adapted meanwhile stays frozen, as its adapter wants it.
+    A backbone that `peft` adapted meanwhile stays frozen.
 
     Args:
         backbone: what `wrap_backbone` was given, or a host of it.
@@ -128,10 +115,7 @@ def unwrap_backbone(backbone: M) -> M:
     Raises:
         CalibrationError: if there is no calibration in it.
     """
-    calibration = get_calibration(backbone)
-    root = calibration.backbone
-    calibration.detach()
-    del root.calibration
+    get_calibration(backbone).detach()
     return backbone
 
 

@@ -60,7 +60,7 @@ def test_only_the_active_one_is_trained(vit: nn.Module) -> None:
     for name in ("fog", "default"):
         calibration.set_adapter(name)
         trained = {n for n, p in vit.named_parameters() if p.requires_grad}
-        assert trained == {n for n, _ in vit.named_parameters() if f"mgfc_{name}." in n}
+        assert trained == {n for n, _ in vit.named_parameters() if f"calibration.adapter_{name}." in n}
         assert len(trained) == len(list(calibration.adapter.parameters()))
 
 

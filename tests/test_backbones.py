@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo import CASES
 
 from mgfc import MGFCConfig, UnsupportedBackboneError, wrap_backbone
-from mgfc.backbones.description import block_widths, describe, entry_maps, fingerprint, patch_size
+from mgfc.backbones.description import block_widths, describe, fingerprint, first_linears, patch_size
 from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, tag
 from mgfc.backbones.layout import (
@@ -240,11 +240,11 @@ def test_base_model_is_a_hub_id_or_nothing(tmp_path: Any) -> None:
 def test_where_a_feed_forward_network_begins(name: str, entry: list[str], hidden: int) -> None:
     tower = find_tower(build(name))
     block = tower.modules()[0]
-    maps = entry_maps(block)
-    assert [part for part, module in block.named_modules() if any(module is found for found in maps)] == entry
+    linears = first_linears(block)
+    assert [part for part, module in block.named_modules() if any(module is found for found in linears)] == entry
     widths = block_widths(block)
-    assert widths.hidden == hidden == sum(module.out_features for module in maps)
-    assert widths.entry == maps[0].in_features
+    assert widths.hidden == hidden == sum(module.out_features for module in linears)
+    assert widths.entry == linears[0].in_features
 
 
 def test_extra_tokens_around_the_patches() -> None:
@@ -267,5 +267,5 @@ def test_channels_last(shape: tuple[int, ...], moved: bool) -> None:
 
 
 def test_block_without_linear_maps() -> None:
-    with pytest.raises(UnsupportedBackboneError, match="expected a block with linear maps"):
+    with pytest.raises(UnsupportedBackboneError, match="expected a block with linear layers"):
         block_widths(nn.ReLU())

@@ -477,7 +477,7 @@ def test_check_names_feed_forward_networks_whose_map_is_not_called() -> None:
 
     model = make()
     model.blocks[1].mlp = Fused(model.blocks[1].mlp)
-    with pytest.raises(CalibrationError, match=r"first linear map.*found.*blocks\.1.*no effect"):
+    with pytest.raises(CalibrationError, match=r"first linear layer.*found.*blocks\.1.*no effect"):
         model.calibration.check(torch.randn(1, 3, 32, 32))
 
 

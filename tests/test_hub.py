@@ -23,7 +23,7 @@ from mgfc import (
     load_head,
     wrap_backbone,
 )
-from mgfc.hub import CARD_MARK
+from mgfc.storage.card import CARD_MARK
 
 REPO = "org/adapter"
 NAMES = {"config.json", "model.safetensors", "README.md"}
@@ -209,6 +209,18 @@ def test_the_card_is_valid_and_tells_the_numbers(logged_in: HubServer) -> None:
         "base_model": "org/vit",
         "base_model_relation": "adapter",
         "datasets": ["org/town"],
+        "model-index": [
+            {
+                "name": "mgfc adapter for org/vit",
+                "results": [
+                    {
+                        "task": {"type": "image-segmentation"},
+                        "dataset": {"name": "day", "type": "day"},
+                        "metrics": [{"type": "mean_iou", "value": 0.612, "name": "mIoU, day"}],
+                    }
+                ],
+            }
+        ],
     }
     for part in (
         CARD_MARK,
@@ -405,7 +417,8 @@ def test_the_offline_variable_in_a_new_process(hub: HubServer, adapter: dict[str
     code = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from mgfc.checkpoint import locate, read_config
+from mgfc.storage.format import read_config
+from mgfc.storage.loading import locate
 print(read_config(locate({REPO!r})("config.json"))["calibration"]["rank"])
 """
     result = run_python(code, HF_HUB_OFFLINE="1", PYTHONPATH=str(Path(__file__).parents[1]))

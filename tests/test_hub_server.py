@@ -1,4 +1,4 @@
-"""The loopback Hub against the real client, so that the tests of `mgfc.hub` may trust it."""
+"""The loopback Hub against the real client, so that the tests of `mgfc.storage.hub` may trust it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from mgfc import CalibrationError, ConfigError, MGFCConfig, get_calibration, wrap_backbone
-from mgfc.peft_method import MGFCPeftConfig
+from mgfc.interop.peft_method import MGFCPeftConfig
 
 pytest.importorskip("transformers")
 IMAGES = torch.randn(2, 3, 32, 48)
@@ -91,7 +91,7 @@ def test_adapters_are_switched_disabled_and_deleted(tmp_path: Path) -> None:
     model.set_adapter("night")
     night = model(IMAGES)
     assert not same(day, night)
-    assert all("mgfc_night" in name for name in trained(model))
+    assert all("adapter_night" in name for name in trained(model))
     with model.disable_adapter():
         assert same(model(IMAGES), vit()(IMAGES))
     model.save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mgfc import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, load_head, wrap_backbone
 from mgfc.config import ReinConfig
-from mgfc.rein import convert_rein
+from mgfc.interop.rein import convert_rein
 
 pytest.importorskip("transformers")
 
@@ -140,7 +140,7 @@ def test_a_fresh_one_changes_nothing() -> None:
     wrap_backbone(vit, ReinConfig())
     assert same(vit(images), expected)
     assert vit.calibration.loss(torch.zeros(1, 28, 28, dtype=torch.long)) == 0
-    assert "linear maps" in vit.calibration.summary()
+    assert "linear layers" in vit.calibration.summary()
 
 
 def test_the_head_is_kept_as_it_is(tmp_path: Path) -> None:

@@ -25,19 +25,19 @@ _NOT_EXTRA_TOKEN = re.compile(r"mask|pos|type|segment", re.IGNORECASE)
 _PREFIX_TOKEN = re.compile(r"(cls|class|dist|reg)\w*(token|embedding)|(cls|class)_?(token|embed)", re.IGNORECASE)
 
 
-def _feed_forward_maps(block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The linear maps of a block's feed-forward network, in order; the block's last one where none is named so."""
-    maps = [
+def _feed_forward_linears(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The linear layers of a block's feed-forward network, in order; the block's last one where none is named so."""
+    linears = [
         (name, module)
         for name, module in own_modules(block)
         if ("out_features" in vars(module) or "out_channels" in vars(module))
         and isinstance(getattr(module, "weight", None), Tensor)
         and module.weight.ndim in (2, 4)
     ]
-    if not maps:
-        raise UnsupportedBackboneError(f"{type(block).__name__}: expected a block with linear maps, found none.")
-    named = [(name, m) for name, m in maps if _last(_FEED_FORWARD, name) > _last(_ATTENTION, name)]
-    return [(name, m) for name, m in named if not _POSITION.search(name)] or maps[-1:]
+    if not linears:
+        raise UnsupportedBackboneError(f"{type(block).__name__}: expected a block with linear layers, found none.")
+    named = [(name, m) for name, m in linears if _last(_FEED_FORWARD, name) > _last(_ATTENTION, name)]
+    return [(name, m) for name, m in named if not _POSITION.search(name)] or linears[-1:]
 
 
 def _last(pattern: re.Pattern[str], name: str) -> int:
@@ -45,23 +45,23 @@ def _last(pattern: re.Pattern[str], name: str) -> int:
 
 
 def output_linear(block: nn.Module) -> nn.Module:
-    """The last linear map of a block's feed-forward network, whose output width is the block's own."""
-    return _feed_forward_maps(block)[-1][1]
+    """The last linear layer of a block's feed-forward network, whose output width is the block's own."""
+    return _feed_forward_linears(block)[-1][1]
 
 
-def entry_maps(block: nn.Module) -> list[nn.Module]:
-    """The linear maps that read what a block's feed-forward network is given: one, or a gate's and a value's."""
-    return _entries([module for _, module in _feed_forward_maps(block)])
+def first_linears(block: nn.Module) -> list[nn.Module]:
+    """The linear layers that read the input of a block's feed-forward network: one, or a gate's and a value's."""
+    return _first([module for _, module in _feed_forward_linears(block)])
 
 
-def _entries(maps: list[nn.Module]) -> list[nn.Module]:
-    first, *others = maps
+def _first(linears: list[nn.Module]) -> list[nn.Module]:
+    first, *others = linears
     size = linear_size(first)
     return [first, *takewhile(lambda module: linear_size(module) == size, others[:-1])]
 
 
 def linear_size(module: nn.Module) -> tuple[int, int]:
-    """Channels that a linear map or a convolution reads and writes."""
+    """Channels that a linear layer or a convolution reads and writes."""
     linear: Any = module
     if hasattr(module, "in_features"):
         return int(linear.in_features), int(linear.out_features)
@@ -73,8 +73,8 @@ class BlockWidths(NamedTuple):
 
     Args:
         dim: of the block's output tokens.
-        entry: that its feed-forward network reads.
-        hidden: that the network's first linear maps write, all together.
+        entry: of its feed-forward network's input.
+        hidden: of the outputs of the network's first linear layers, all together.
     """
 
     dim: int
@@ -86,13 +86,13 @@ def block_widths(block: nn.Module) -> BlockWidths:
     """The widths of a block.
 
     Raises:
-        UnsupportedBackboneError: if it holds no linear map.
+        UnsupportedBackboneError: if it holds no linear layer.
     """
-    names, maps = zip(*_feed_forward_maps(block), strict=True)
-    sizes = [linear_size(module) for module in _entries(list(maps))]
+    names, linears = zip(*_feed_forward_linears(block), strict=True)
+    sizes = [linear_size(module) for module in _first(list(linears))]
     entry = sizes[0][0]
     # The experts of a mixture write a part of the channels each, but read all of them.
-    dim = entry if any("expert" in name for name in names) else linear_size(maps[-1])[1]
+    dim = entry if any("expert" in name for name in names) else linear_size(linears[-1])[1]
     return BlockWidths(dim, entry, sum(hidden for _, hidden in sizes))
 
 
@@ -161,7 +161,7 @@ def patch_size(tower: Tower) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def fingerprint(tower: Tower) -> list[float]:
-    """One number a block that tells a backbone's weights: the norm of every 32nd row of its last linear map.
+    """One number a block that tells a backbone's weights: the norm of every 32nd row of its last linear layer.
 
     The same for every library's form of the same weights, and nearly so in another precision.
     """

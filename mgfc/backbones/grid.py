@@ -61,7 +61,7 @@ class GridTracker:
             self.recent = ()
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Takes note of what a block is called with, before grids in it or of its output are asked for."""
+        """Notes the arguments of a block's call, before grids in it or of its output are asked for."""
         entry = first_tensor(args, kwargs)
         self.tagged = (getattr(entry, _TAG),) if hasattr(entry, _TAG) else ()
         self.entered = (*_pairs(args), *_pairs(kwargs.values()))

@@ -5,6 +5,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mgfc.calibrators.linear import PlainLinear
+
 
 class FineCalib(nn.Module):
     """High-frequency spatial detail: a gated depth-wise high-pass over the patch grid.
@@ -13,8 +15,8 @@ class FineCalib(nn.Module):
 
         X <- X + g * sigmoid(LN(X) w + b) * HP(X)
 
-    HP is a depth-wise convolution, at first the identity minus a box blur. Borders are replicated, so a constant map has
-    zero response everywhere at initialisation. The sigmoid lets a share of the detail through at each patch; LN has no
+    HP is a depth-wise convolution, at first the identity minus a box blur. Borders are replicated, so that a constant map
+    has zero response everywhere at initialisation. The sigmoid lets a share of the detail through at each patch; LN has no
     parameters. The gate g has a value for each channel, 0 at initialisation: the module starts as the identity.
     Source: `docs/method.md`, "Fine".
 
@@ -37,7 +39,7 @@ class FineCalib(nn.Module):
         kernel = torch.full((dim, kernel_size, kernel_size), -1 / kernel_size**2)
         kernel[..., kernel_size // 2, kernel_size // 2] += 1
         self.kernel = nn.Parameter(kernel)
-        self.select = nn.Linear(dim, 1)
+        self.select = PlainLinear(dim, 1)
         self.gate = nn.Parameter(torch.zeros(dim))
 
     def high_pass(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

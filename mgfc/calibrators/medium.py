@@ -10,7 +10,7 @@ from mgfc.distributed import process
 
 
 class MediumCalib(SourceCalib):
-    """Category-level statistics: what looks alike in this image, drawn towards what it is like in the source domain.
+    """Category-level feature statistics: each category of an image is moved towards its prototype in the source domain.
 
     K prototypes P are running centroids of the source's patch tokens. With patch tokens X (N x C), assigned softly to
     them, and the centroids c of this image:
@@ -22,8 +22,8 @@ class MediumCalib(SourceCalib):
     m' is the mean of the source's tokens, and m lies half-way from it to this image's mean. v'_k is the variance of c_k
     over the images of the source, weighted by q_k: a category that looks as it does there stays as it is. Categories that
     fill less than about q0 of the image move little, since their centroids are uncertain. Unlike `CoarseCalib`, a scene
-    with other shares of sky or road than usual is no reason for a shift. In training mode tokens pass unchanged, and the
-    centroids take them in. A module that has seen no training batch is the identity. Cost is linear in N. Source:
+    with other shares of sky or road than usual is not moved for that. In training mode tokens pass unchanged, and the
+    running centroids are updated. A module that has seen no training batch is the identity. Cost is linear in N. Source:
     `docs/method.md`, "Medium".
 
     Args:
@@ -86,7 +86,7 @@ class MediumCalib(SourceCalib):
 
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
-        """In training mode, takes in the statistics of a batch: (B, N, C)."""
+        """In training mode, updates the running centroids with a batch: (B, N, C)."""
         _, shares, sums = self._assign(tokens)
         found = torch.cat([shares, sums, sums * _centroids(shares, sums)], dim=-1).mean(dim=0)
         self.source.observe(torch.where(self.source.ready > 0, found, self._first(tokens)))

@@ -5,9 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mgfc.calibrators.linear import PlainLinear
 
-class ReinMaps(nn.Module):
-    """What Rein's blocks share: two linear maps of width C and a scale.
+
+class ReinShared(nn.Module):
+    """What Rein's blocks share: two linear layers of width C and a scale.
 
     Args:
         dim: channels C of the tokens.
@@ -15,17 +17,15 @@ class ReinMaps(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.token_to_feature = nn.Linear(dim, dim)
-        self.delta = nn.Linear(dim, dim)
+        self.token_to_feature = PlainLinear(dim, dim)
+        self.delta = PlainLinear(dim, dim, zero=True)
         self.scale = nn.Parameter(torch.tensor(0.001))
-        for parameter in self.delta.parameters():
-            nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, learnt: Tensor) -> Tensor:
         """What a block adds, s ((X + D) W_d + b_d): X (B, N, C) and T (m, C) -> (B, N, C)."""
         similarity = (tokens @ learnt.mT * tokens.shape[-1] ** -0.5).softmax(dim=-1)
-        drawn = similarity[..., 1:] @ self.token_to_feature(learnt[1:])
-        added: Tensor = self.scale * self.delta(tokens + drawn)
+        retrieved = similarity[..., 1:] @ self.token_to_feature(learnt[1:])
+        added: Tensor = self.scale * self.delta(tokens + retrieved)
         return added
 
 
@@ -41,19 +41,19 @@ class ReinCalib(nn.Module):
 
     Args:
         dim: channels C of the tokens.
-        maps: what the blocks share; not one of this module's children.
+        shared: what the blocks share; not one of this module's children.
         num_tokens: m.
         token_rank: r; None for tokens that stand by themselves.
 
     Examples:
-        >>> ReinCalib(64, ReinMaps(64))(torch.randn(2, 6 * 9, 64)).shape
+        >>> ReinCalib(64, ReinShared(64))(torch.randn(2, 6 * 9, 64)).shape
         torch.Size([2, 54, 64])
     """
 
-    def __init__(self, dim: int, maps: ReinMaps, num_tokens: int = 100, token_rank: int | None = 16) -> None:
+    def __init__(self, dim: int, shared: ReinShared, num_tokens: int = 100, token_rank: int | None = 16) -> None:
         super().__init__()
         self.dim = dim
-        self.__dict__["maps"] = maps
+        self.__dict__["shared"] = shared
         width = dim if token_rank is None else token_rank
         bound = math.sqrt(6 / (3 * 16**2 + math.sqrt(dim * width)))
         self.tokens = nn.Parameter(torch.empty(num_tokens, width).uniform_(-bound, bound))
@@ -61,6 +61,6 @@ class ReinCalib(nn.Module):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None, record: object = None) -> Tensor:
         """Refines patch tokens: (B, N, C) -> (B, N, C). Grid and record are not used."""
-        maps: ReinMaps = self.__dict__["maps"]
-        refined: Tensor = tokens + maps(tokens, self.tokens if self.basis is None else self.tokens @ self.basis)
+        shared: ReinShared = self.__dict__["shared"]
+        refined: Tensor = tokens + shared(tokens, self.tokens if self.basis is None else self.tokens @ self.basis)
         return refined

@@ -1,4 +1,4 @@
-"""What coarse and medium calibration share: statistics of the source, taken in by training and applied by evaluation."""
+"""What coarse and medium calibration share: running statistics of the source, updated in training and applied in evaluation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ EPS = 1e-6
 
 
 class SourceCalib(nn.Module):
-    """Draws statistics of an image's patch tokens towards those that the source domain has, as far as they lie outside.
+    """Moves feature statistics of an image towards those of the source domain, by a shrinkage factor.
 
     For statistics t of an image, whose mean and variance over the images of the source are t' and v':
 
         z = mean of (t' - t)^2 / v';   a = s max(0, 1 - usual / z);   t <- t + a (t' - t)
 
-    In training mode tokens pass unchanged, and the statistics take them in: what is trained beside keeps to the source's
-    full variety. A module that has seen no training batch is the identity. Nothing here fits the source by gradient.
+    In training mode tokens pass unchanged and the running statistics are updated, so that what is learnt meets the
+    source's full variety. A module that has seen no training batch is the identity. Nothing here fits the source by gradient.
     Source: `docs/method.md`, "Coarse"; a is the positive-part estimator of James and Stein (1961).
 
     Args:
@@ -26,7 +26,7 @@ class SourceCalib(nn.Module):
     """
 
     USUAL: float
-    """A z that is no reason to move; on average it is 1 over the images of the source."""
+    """The z up to which an image is not moved; over the images of the source, z is 1 on average."""
     source: RunningMean
 
     def __init__(self, strength: float) -> None:
@@ -34,7 +34,7 @@ class SourceCalib(nn.Module):
         self.strength = strength
 
     def observe(self, tokens: Tensor) -> None:
-        """In training mode, takes in the statistics of a batch: (B, N, C)."""
+        """In training mode, updates the running statistics with a batch: (B, N, C)."""
         raise NotImplementedError
 
     def shift(self, tokens: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class SourceCalib(nn.Module):
         return self.source.ready * self.strength * (1 - self.USUAL / distance.clamp_min(self.USUAL))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Calibrates patch tokens; in training mode, takes in their statistics instead.
+        """Calibrates patch tokens; in training mode, updates the running statistics instead.
 
         Args:
             tokens: (B, h*w, C).

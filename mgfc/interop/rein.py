@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mgfc.adapter import Adapter
 from mgfc.backbones.description import BlockWidths
-from mgfc.checkpoint import write
 from mgfc.config import ReinConfig
 from mgfc.errors import AdapterFileError, AdapterNotFoundError
+from mgfc.storage.directory import write
+from mgfc.storage.format import describe_adapter
 
 _REINS = re.compile(r"^(?:.*\.)?reins\.")
 _HEAD = "decode_head."
@@ -112,7 +113,7 @@ def convert_rein(checkpoint: str | os.PathLike[str], directory: str | os.PathLik
     }
     described = {"class": "decode_head of a Rein checkpoint", "arguments": None} if head else None
     training = {"converted from": path.name}
-    content = {"backbone": backbone, "head": described, "training": training, "license": "other"}
+    content = describe_adapter(adapter.config, backbone, head=described, training=training, license="other")
     write(Path(directory), adapter, content, head or None)
     return adapter
 

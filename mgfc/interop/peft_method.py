@@ -1,10 +1,10 @@
 """mgfc as a method of the `peft` library. Importing this module makes PEFT know it.
 
-    import mgfc.peft_method
-    model = peft.get_peft_model(vit, mgfc.peft_method.MGFCPeftConfig())
+    from mgfc.interop.peft_method import MGFCPeftConfig
+    model = peft.get_peft_model(vit, MGFCPeftConfig())
 
 Calibrators stay hooks on the blocks, as everywhere in mgfc, so the captured feature maps of Transformers are refined, too.
-A method of PEFT's own kind would wrap the blocks, and these maps would silently lose what it adds.
+A method of PEFT's own kind would wrap the blocks, and these feature maps would silently lose what it adds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import set_additional_trainable_modules
 from torch import Tensor, nn
 
-from mgfc.adapter import Adapters
+from mgfc.adapter import Adapter
 from mgfc.calibration import Calibration
 from mgfc.config import MGFCConfig
 from mgfc.errors import CalibrationError
@@ -52,8 +52,8 @@ class MGFCPeftConfig(peft.PeftConfig):
 class MGFCTuner(BaseTuner):
     """What PEFT calls to put calibrators onto a model, switch, save and remove them."""
 
-    prefix = "mgfc_"
-    tuner_layer_cls: Any = Adapters
+    prefix = "adapter_"
+    tuner_layer_cls: Any = Adapter
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (PEFT's own form)
 
     @property

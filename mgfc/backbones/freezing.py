@@ -1,0 +1,38 @@
+"""What wrapping freezes in a backbone, and how to give it back."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mgfc.backbones.tuners import own_name
+
+
+class Frozen:
+    """Parameters and BatchNorm statistics of a backbone that were frozen.
+
+    Args:
+        root: the backbone.
+        keep: identities of parameters that stay as they are.
+    """
+
+    def __init__(self, root: nn.Module, keep: set[int]) -> None:
+        frozen = {n: p for n, p in root.named_parameters() if p.requires_grad and id(p) not in keep}
+        self.names = {own_name(name) for name in frozen}  # PEFT may be gone when they are given back
+        for parameter in frozen.values():
+            parameter.requires_grad_(False)
+        self.norms = [module for module in root.modules() if isinstance(module, _BatchNorm)]
+        self.hold()
+
+    def hold(self) -> None:
+        """Keeps BatchNorm layers in eval mode, whoever set the mode of the model."""
+        for norm in self.norms:
+            norm.eval()
+
+    def release(self, root: nn.Module, *, parameters: bool) -> None:
+        """Gives BatchNorm layers the backbone's mode and, if asked to, the parameters their `requires_grad` flags back."""
+        for norm in self.norms:
+            norm.train(root.training)
+        for name, parameter in root.named_parameters():
+            if parameters and name in self.names:
+                parameter.requires_grad_(True)

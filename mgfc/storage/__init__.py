@@ -1,0 +1,1 @@
+"""An adapter as files: written, read, uploaded and downloaded."""

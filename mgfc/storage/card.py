@@ -1,0 +1,115 @@
+"""The model card of an adapter, by `huggingface_hub`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+CARD_MARK = "<!-- Written by mgfc and written anew with each save. Remove this line to keep your own edits. -->"
+TASK = "image-segmentation"
+_MIOU = re.compile(r"\bm(?:ean )?_?iou\b", re.IGNORECASE)
+
+
+def is_edited_card(card: Path) -> bool:
+    """Whether somebody made a model card their own, by removing the mark of a generated one."""
+    return CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
+
+
+def model_card(content: Mapping[str, Any], num_parameters: int) -> str:
+    """The model card of an adapter.
+
+    Args:
+        content: of its `config.json`.
+        num_parameters: that can be trained.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    backbone, training = content["backbone"], content["training"]
+    base_model = backbone["base_model"] or None
+    name = f"mgfc adapter for {base_model or backbone['architecture']}"
+    data = ModelCardData(
+        library_name="mgfc",
+        pipeline_tag=TASK,
+        license=content["license"],
+        base_model=base_model,
+        base_model_relation=base_model and "adapter",
+        datasets=list(training.get("datasets") or []) or None,
+        tags=["mgfc", "domain-generalization", "semantic-segmentation"],
+        model_name=name,
+        eval_results=_results(training) or None,
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n# {name}\n\n{_text(content, num_parameters)}"))
+
+
+def _results(training: Mapping[str, Any]) -> list[EvalResult]:
+    """The figures that the Hub shows as results: numbers, named after the data that they were measured on."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for key, value in (training.get("metrics") or {}).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        dataset = _MIOU.sub("", str(key)).strip(" ,:;-") or ", ".join(training.get("datasets") or []) or "unknown"
+        kind = "mean_iou" if _MIOU.search(str(key)) else _identifier(str(key))
+        found.append(
+            EvalResult(
+                task_type=TASK,
+                dataset_type=_identifier(dataset),
+                dataset_name=dataset,
+                metric_type=kind,
+                metric_name=str(key),
+                metric_value=value,
+            )
+        )
+    return found
+
+
+def _identifier(text: str) -> str:
+    return re.sub(r"[^a-z0-9_/.-]+", "-", text.lower()).strip("-") or "unknown"
+
+
+def _text(content: Mapping[str, Any], num_parameters: int) -> str:
+    """What a reader sees below the title."""
+    backbone, training = content["backbone"], content["training"]
+    lines = [
+        f"{_what(content)} for a frozen "
+        f"{backbone['architecture']} of {backbone['depth']} blocks and width {backbone['embed_dim']}: "
+        f"{num_parameters:,} parameters. "
+        "Made with mgfc, an implementation of the published description of Multi-Granularity Feature Calibration "
+        "(arXiv 2508.03007).",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from mgfc import load_head, wrap_backbone" if content["head"] else "from mgfc import wrap_backbone",
+        "",
+        'backbone = wrap_backbone(backbone, "organisation/name")  # or a local directory',
+        *(['head = load_head("organisation/name")'] if content["head"] else []),
+        "```",
+        "",
+    ]
+    if training.get("metrics"):
+        lines += ["## Figures", "", "| measured | value |", "|---|---|"]
+        lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in training["metrics"].items()] + [""]
+    notes = {key: value for key, value in training.items() if key not in ("metrics", "datasets")}
+    if notes:
+        lines += ["## Training", "", *(f"- {key}: {value}" for key, value in notes.items()), ""]
+    return "\n".join(lines)
+
+
+def _what(content: Mapping[str, Any]) -> str:
+    values = content["calibration"]
+    if content["method"] == "rein":
+        return f"Rein's refinement (arXiv 2312.04265) with {values['num_tokens']} tokens a block"
+    stages = [name for name in ("coarse", "medium", "fine") if values[name] is not None]
+    return f"Calibrators ({', '.join(stages) or 'low-rank adapter only'}) of rank {values['rank']}"
+
+
+def _cell(value: object) -> str:
+    """What a cell of a Markdown table holds."""
+    return " ".join(str(value).split()).replace("|", "\\|")
