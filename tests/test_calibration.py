@@ -513,7 +513,7 @@ def test_check_names_blocks_that_a_host_bypasses() -> None:
 def test_summary_counts_every_parameter() -> None:
     calibration = make(MGFCConfig(rank=8, layers="last:2", fine=FineConfig(layers=(2,)))).calibration
     lines = calibration.summary().splitlines()
-    assert lines[0].split() == ["bottleneck", "coarse", "medium", "fine"]
+    assert lines[0].split() == ["low-rank", "coarse", "medium", "fine"]
     rows = {line.split()[0]: [int(v.replace(",", "")) for v in line.split()[1:5]] for line in lines[1:3]}
     assert set(rows) == {"blocks.1", "blocks.2"}
     assert rows["blocks.1"][3] == 0 < rows["blocks.2"][3]

@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.layer = layer
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return self.layer(tokens + self.layer.widen(self.layer.bottleneck(tokens)), grid)
+        return self.layer(tokens + self.layer.expand(self.layer.reduce(tokens)), grid)
 
 
 def full_layer(dim: int, rank: int | None = None, hidden: int | None = None) -> CalibLayer:
@@ -227,7 +227,7 @@ def test_layer_is_its_equations_with_the_stages_from_coarse_to_fine() -> None:
     layer, tokens = full_layer(10, 6, hidden=15).double(), torch.randn(2, 12, 10, dtype=torch.float64)
     randomise(layer.eval())
     inside = [2 * (image @ layer.down.weight.T) @ layer.up.weight.T for image in tokens]
-    torch.testing.assert_close(layer.widen(layer.bottleneck(tokens)), torch.stack(inside), rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.expand(layer.reduce(tokens)), torch.stack(inside), rtol=0, atol=1e-12)
     after = [medium_by_hand(layer.medium, coarse_by_hand(layer.coarse, image)) for image in tokens]
     expected = torch.stack([fine_by_hand(layer.fine, image, (3, 4)) for image in after])
     torch.testing.assert_close(layer(tokens, (3, 4)), expected, rtol=0, atol=1e-12)
