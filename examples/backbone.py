@@ -41,7 +41,7 @@ def _load_from_hub() -> tuple[Dinov2Model, str, str]:
     except OSError:
         if constants.HF_HUB_OFFLINE:
             raise OSError("not cached, and HF_HUB_OFFLINE is set") from None
-    # The Hub's client retries for most of a minute where there is no network; one request tells.
+    # The Hub's client retries for most of a minute where there is no network; one request shows that sooner.
     urllib.request.urlopen(urllib.request.Request(hf_hub_url(HUB_ID, "config.json"), method="HEAD"), timeout=3).close()
     return Dinov2Model.from_pretrained(HUB_ID), HUB_ID, f"from {constants.ENDPOINT}"
 
@@ -70,7 +70,7 @@ def _find_onnx() -> Path:
 
 
 def _read_onnx(path: Path) -> dict[str, Tensor]:
-    """The weights of `Dinov2Model`. Matrices have lost their names there, but the nodes that multiply have theirs."""
+    """The weights of `Dinov2Model`. Matrices have no names of their own in the file; those of the nodes that use them remain."""
     import onnx
     from onnx import numpy_helper
 

@@ -1,4 +1,4 @@
-"""One backbone and one head, and a set of calibrators for each domain: tunes, switches and merges them.
+"""One backbone and one head, and a set of calibrators for each domain: tunes, switches and merges the sets.
 
 python examples/domain_adapters.py --steps 100 --out runs/domains \
     --domain day ../shared/data/camvid train_day val_day --domain dusk ../shared/data/camvid train_dusk test_dusk
@@ -28,9 +28,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = ("NAME", "ROOT", "TRAIN", "TEST")
     parser.add_argument("--domain", nargs=4, action="append", required=True, metavar=names, help="once for each domain")
-    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="start of every domain's calibrators, with its head")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="where every domain's calibrators start from, with its head")
     parser.add_argument("--backbone", type=Path, help="Transformers directory of a DINOv2 (default: from the Hub)")
-    parser.add_argument("--out", type=Path, help="takes a directory for each adapter")
+    parser.add_argument("--out", type=Path, help="where to save a directory for each adapter")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=3e-4)

@@ -1,7 +1,7 @@
 """Segments a large set of images with Ray Data: one replica of the model on each GPU, or several on the cores.
 
 pip install -e ".[demo]" "ray[data]"
-python examples/segment_many.py PHOTOGRAPHS --out labels --replicas 8        # a folder or a bucket, to Parquet files
+python examples/segment_many.py PHOTOGRAPHS --out labels --replicas 8        # from a folder or bucket, to Parquet files
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("images", help="a folder or a bucket that holds them")
     parser.add_argument("--adapter", default=str(HERE / "adapter"), help="directory or Hub repository with a head")
     parser.add_argument("--backbone", help="Transformers directory of a DINOv2-S (default: from the Hub)")
-    parser.add_argument("--size", type=int, nargs=2, default=(392, 532), metavar=("H", "W"), help="images are brought to it")
+    parser.add_argument("--size", type=int, nargs=2, default=(392, 532), metavar=("H", "W"), help="to which images are resized")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--replicas", type=int, default=1, help="of the model, each on a GPU if there are any")
     parser.add_argument("--out", required=True, help="folder or bucket for Parquet files: paths, and label maps as PNG")
@@ -38,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 class Segmenter:
-    """A replica of the model, which Ray makes once and gives many batches."""
+    """A replica of the model, which Ray creates once and calls for many batches."""
 
     def __init__(self, adapter: str, backbone: str | None) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +54,7 @@ class Segmenter:
 
 
 def as_png(classes: np.ndarray) -> bytes:
-    """A map of class ids as a file of a few kilobytes."""
+    """An image of class ids as a PNG file of a few kilobytes."""
     file = io.BytesIO()
     Image.fromarray(classes).save(file, format="png")
     return file.getvalue()
