@@ -70,7 +70,7 @@ def _find_onnx() -> Path:
 
 
 def _read_onnx(path: Path) -> dict[str, Tensor]:
-    """The weights of `Dinov2Model`. Matrices have no names of their own in the file; those of the nodes that use them remain."""
+    """The weights of `Dinov2Model`. Matrices have no names in the file; the nodes that use them have."""
     import onnx
     from onnx import numpy_helper
 

@@ -28,7 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = ("NAME", "ROOT", "TRAIN", "TEST")
     parser.add_argument("--domain", nargs=4, action="append", required=True, metavar=names, help="once for each domain")
-    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="where every domain's calibrators start from, with its head")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="from which every domain's adapter starts, with its head")
     parser.add_argument("--backbone", type=Path, help="Transformers directory of a DINOv2 (default: from the Hub)")
     parser.add_argument("--out", type=Path, help="where to save a directory for each adapter")
     parser.add_argument("--steps", type=int, default=100)
