@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mgfc.backbones.description import BlockWidths
 from mgfc.calibrators import CalibLayer, CoarseCalib, FineCalib, MediumCalib, ReinCalib
 from mgfc.calibrators.linear import PlainLinear
+from mgfc.calibrators.low_rank import LowRank
 from mgfc.calibrators.rein import ReinShared
 from mgfc.calibrators.running import RunningMean, is_recomputing
-from mgfc.config import AdapterConfig, CoarseConfig, FineConfig, Layers, MediumConfig, MGFCConfig, ReinConfig, expect
+from mgfc.config import AdapterConfig, FineConfig, Layers, MediumConfig, MGFCConfig, ReinConfig, expect
 from mgfc.errors import CalibrationError, ConfigError
 from mgfc.losses import check_labels, coarse_loss, fine_loss, label_boundaries, label_mix, medium_loss
 
@@ -40,17 +41,20 @@ class Adapter(nn.Module):
     Args:
         config: what to put on which blocks.
         widths: of each block of the backbone.
+        in_channels: of the images that it takes; None where it is given patches, which leaves the coarse stage out.
 
     Attributes:
         layers: `CalibLayer` by block index.
+        coarse: the coarse stage, which is one for all blocks, or None.
 
     Raises:
         ConfigError: if the configuration does not fit the widths or their number.
     """
 
-    def __init__(self, config: AdapterConfig, widths: Sequence[BlockWidths]) -> None:
+    def __init__(self, config: AdapterConfig, widths: Sequence[BlockWidths], in_channels: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.coarse: CoarseCalib | None = None
         self.presence: PlainLinear | None = None
         self.category: PlainLinear | None = None
         self.maps: ReinShared | None = None  # named as in files of format 1
@@ -60,6 +64,8 @@ class Adapter(nn.Module):
             self._build_rein(config, indices, widths)
         else:
             self._build(config, indices, widths)
+            if config.coarse is not None and in_channels is not None:
+                self.coarse = CoarseCalib(in_channels, config.coarse.strength, config.coarse.randomise)
 
     def _build_rein(self, config: ReinConfig, indices: tuple[int, ...], widths: Sequence[BlockWidths]) -> None:
         dims = {widths[i].dim for i in indices}
@@ -72,14 +78,14 @@ class Adapter(nn.Module):
 
     def _build(self, config: MGFCConfig, indices: tuple[int, ...], widths: Sequence[BlockWidths]) -> None:
         narrowest = min(widths[i].entry for i in indices)
-        if config.rank > narrowest:
+        if config.rank is not None and config.rank > narrowest:
             raise ConfigError(
                 f"MGFCConfig.rank: expected at most {narrowest}, the narrowest input of the calibrated blocks' feed-forward "
                 f"networks, found {config.rank}. Choose a smaller rank."
             )
         self.layers = nn.ModuleDict(_build_layers(config, indices, widths))
         num_classes, weights = config.num_classes or 0, config.loss_weights
-        self.presence = PlainLinear(config.rank, num_classes) if "coarse" in weights else None
+        self.presence = PlainLinear(config.rank or 0, num_classes) if "coarse" in weights else None
         num_prototypes = config.medium.num_prototypes if config.medium else 0
         self.category = PlainLinear(num_prototypes, num_classes) if "medium" in weights else None
 
@@ -95,9 +101,19 @@ class Adapter(nn.Module):
 
     @property
     def num_batches(self) -> int | None:
-        """Training batches in the running statistics; None if no stage has any. They count in training mode alone."""
-        counts = [int(module.count) for module in self.modules() if isinstance(module, RunningMean)]
+        """Batches in the running statistics; None if no stage has any."""
+        counts = [int(mean.count) for mean in self.statistics]
         return min(counts) if counts else None
+
+    @property
+    def statistics(self) -> list[RunningMean]:
+        """The running statistics of all stages."""
+        return [module for module in self.modules() if isinstance(module, RunningMean)]
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the statistics were gathered after training, in one pass over the source."""
+        return all(bool(mean.observed) for mean in self.statistics)
 
     def count_stages(self) -> Iterator[tuple[int, dict[str, int]]]:
         """Parameters of each block's stages, by block index."""
@@ -105,7 +121,7 @@ class Adapter(nn.Module):
             counts = dict.fromkeys(STAGES, 0)
             for name, parameter in layer.named_parameters():
                 stage = name.split(".")[0]
-                counts[stage if stage in counts else LOW_RANK] += parameter.numel()
+                counts[stage if stage in GRANULARITIES else LOW_RANK] += parameter.numel()
             yield int(key), counts
 
     def start_record(self, index: int) -> None:
@@ -159,19 +175,18 @@ class Adapter(nn.Module):
 
 
 def _build_layers(config: MGFCConfig, indices: tuple[int, ...], widths: Sequence[BlockWidths]) -> dict[str, nn.Module]:
-    def chosen(name: str, stage: CoarseConfig | MediumConfig | FineConfig | None) -> tuple[int, ...]:
+    def chosen(name: str, stage: MediumConfig | FineConfig | None) -> tuple[int, ...]:
         where = f"MGFCConfig.{name}.layers"
         return () if stage is None else select_layers(stage.layers, len(widths), where, among=indices)
 
-    coarse, medium, fine = config.coarse, config.medium, config.fine
-    in_coarse, in_medium, in_fine = chosen("coarse", coarse), chosen("medium", medium), chosen("fine", fine)
+    medium, fine = config.medium, config.fine
+    in_medium, in_fine = chosen("medium", medium), chosen("fine", fine)
     layers: dict[str, nn.Module] = {}
     for index in indices:
         dim = widths[index].dim
         layers[str(index)] = CalibLayer(
-            *widths[index],
-            config.rank,
-            CoarseCalib(dim, coarse.strength) if coarse and index in in_coarse else None,
+            dim,
+            None if config.rank is None else LowRank(*widths[index][1:], config.rank),
             MediumCalib(dim, medium.num_prototypes, medium.temperature, medium.strength)
             if medium and index in in_medium
             else None,

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mgfc.adapter import Adapter
 from mgfc.backbones.description import first_linears, linear_size
@@ -18,14 +17,13 @@ from mgfc.backbones.layout import (
     PatchView,
     channels_back,
     channels_last,
-    extra_tokens,
     padding,
     pick_tensor,
     put_tensor,
     view_patches,
 )
 from mgfc.calibrators import CalibLayer, ReinCalib
-from mgfc.calibrators.running import as_one_batch, is_recomputing
+from mgfc.calibrators.running import as_one_batch
 from mgfc.errors import CalibrationError
 
 Arguments = tuple[Any, ...]
@@ -98,7 +96,6 @@ class BlockHooks:
         self.report: BlockReport | None = None
         self.adapted: bool | None = None
         self._owner = ""
-        self._extras: dict[int, tuple[int, int]] = {}
 
     @property
     def layer(self) -> CalibLayer | ReinCalib | None:
@@ -150,37 +147,18 @@ class BlockHooks:
     def _adapt(self, channels: slice, module: nn.Module, args: Arguments, kwargs: Keywords, output: Tensor) -> Tensor | None:
         """After a linear layer that the feed-forward network begins with, whose output is these channels of H."""
         layer, tensor = self.layer, first_tensor(args, kwargs)
-        if not isinstance(layer, CalibLayer) or tensor is None:
+        if not isinstance(layer, CalibLayer) or layer.low_rank is None or tensor is None:
             return None
         try:
-            tokens, moved = channels_last(tensor, layer.down.in_features)
+            tokens, moved = channels_last(tensor, layer.low_rank.down.shape[1])
         except ValueError as error:
             raise self._error(f"feed-forward network: {error}") from None
-        leading, trailing = self._extra(tokens)
-        z = layer.reduce(tokens[:, leading : tokens.shape[1] - trailing].to(layer.down.weight.dtype))
         record = self.active.adapter.record(self.index)
-        if record is not None:
-            record["scene"] = z.flatten(1, -2).mean(dim=1)
-        if leading or trailing:
-            z = F.pad(z, (0, 0, leading, trailing))
-        delta = layer.expand(z, channels)
-        adapted = output + channels_back(delta, moved).to(output.dtype)
+        inside = output.permute(0, 2, 3, 1) if moved else output
+        adapted = channels_back(layer.low_rank(tokens, inside, channels, record), moved)
         if self.watched:
             self.adapted = not torch.equal(adapted, output)
         return adapted
-
-    def _extra(self, tokens: Tensor) -> tuple[int, int]:
-        """How many extra tokens lead and trail; the patches between them keep the block's own order.
-
-        A recomputation of the block's inside does not know the grid of its own forward, but how many tokens there are.
-        """
-        count = tokens.shape[1]
-        if is_recomputing() and count in self._extras:
-            return self._extras[count]
-        found = extra_tokens(tokens, self.order, self.tracker)
-        if not torch.compiler.is_compiling():
-            self._extras[count] = found
-        return found
 
     def _leave(self, block: nn.Module, args: Arguments, kwargs: Keywords, output: Any) -> Any:
         """After the block."""
@@ -197,7 +175,7 @@ class BlockHooks:
         except ValueError as error:
             raise self._error(str(error)) from None
         mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
-        patches = view.patches.to(next(layer.parameters()).dtype)
+        patches = view.patches if layer.dtype is None else view.patches.to(layer.dtype)
         calibrated = self._calibrate(layer, patches, view, mask)
         refined = tensor if calibrated is patches else view.put_back(calibrated, tensor)
         tag(view.grid, first_tensor(args, kwargs), refined)

@@ -6,6 +6,8 @@ import copy
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ from mgfc.blocks import BlockHooks, BlockReport
 from mgfc.config import AdapterConfig
 from mgfc.distributed import process
 from mgfc.errors import AdapterMismatchError, CalibrationError
+from mgfc.images import ImageHook
 from mgfc.storage import hub
 from mgfc.storage.directory import save
 from mgfc.storage.loading import make_adapter
@@ -48,6 +51,7 @@ class Calibration(Adapters):
         active_adapter: name of the adapter that the backbone uses and training trains.
         block_names: of the backbone's blocks.
         blocks: their hooks.
+        images: the hook before the patch embedding.
         has_peft: whether a PEFT adapter was injected with the calibrators, which is saved and removed with them.
     """
 
@@ -57,10 +61,11 @@ class Calibration(Adapters):
         self._tracker = GridTracker(max_extra_tokens(tower))
         orders = enumerate(zip(tower.blocks, token_orders(tower), strict=True))
         self.blocks = [BlockHooks(block, i, order, self._tracker, self.active) for i, (block, order) in orders]
+        self.images = ImageHook(self.active)
         self._handles: list[Any] = []
         self._frozen: Frozen | None = None
         self.has_peft = False
-        self.peft_guard = peft.guard()
+        self.peft_guard: nn.Module | None = None
         self.train(tower.root.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calibration:
@@ -101,7 +106,7 @@ class Calibration(Adapters):
             peft.inject(tower.root, *tuner)
             self.has_peft = True
         self.__dict__["_backbone"] = tower.root
-        self._handles = stem_hooks(tower.root, tower.blocks, self._tracker)
+        self._handles = stem_hooks(tower.root, tower.blocks, self._tracker) + self.images.attach(tower)
         # Also on blocks that the active adapter leaves out: hooks added after torch.compile are ignored.
         for hooks in self.blocks:
             self._handles += hooks.attach(tower.root)
@@ -136,12 +141,14 @@ class Calibration(Adapters):
         super().train(mode)
         if self._frozen is not None:
             self._frozen.hold()
-            if mode and self.peft_guard is None and peft.froze(self.adapter.parameters(), self.backbone):
+        if self.peft_guard is None:
+            if mode and "_backbone" in self.__dict__ and peft.froze(self.adapter.parameters(), self.backbone):
                 warnings.warn(
                     "The calibrators are frozen and would learn nothing: PEFT, imported after wrap_backbone, freezes all that "
-                    "it finds. Call calibration.requires_grad_(True), or import peft before wrap_backbone.",
+                    "it finds. Call calibration.set_adapter(calibration.active_adapter), or import peft before wrap_backbone.",
                     stacklevel=2,
                 )
+            self.peft_guard = peft.guard()
         return self
 
     def add_adapter(self, name: str, adapter: AdapterConfig | str | os.PathLike[str] | None = None, **hub_options: Any) -> None:
@@ -164,6 +171,61 @@ class Calibration(Adapters):
                 "share. Load it with wrap_backbone."
             )
         self._put(name, built, self.backbone)
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Within it, forwards gather the statistics of the source anew, and change nothing else.
+
+        It is the last step of a training, and the only one of `MGFCConfig(rank=None)`: call the model on images of the
+        source, in random order and as evaluation gives them. The backbone is in eval mode meanwhile, without gradients;
+        put the rest of the model there yourself. What training gathered on the way is forgotten.
+
+        Warns:
+            UserWarning: if no image came.
+
+        Examples:
+            >>> with vit.calibration.observing():
+            ...     for images in source:
+            ...         model(images)
+        """
+        modes = [(module, module.training) for module in self.backbone.modules()]
+        self.backbone.eval()
+        for mean in self.adapter.statistics:
+            mean.start_observing()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for mean in self.adapter.statistics:
+                mean.stop_observing()
+            for module, mode in modes:
+                module.training = mode
+        if self.num_batches == 0:
+            warnings.warn("observing: no image reached the backbone, so that the statistics are empty now.", stacklevel=3)
+
+    @contextmanager
+    def scene(self, images: Tensor) -> Iterator[None]:
+        """Within it, forwards of parts of images are calibrated by the coarse statistics of the whole images.
+
+        A window is no scene of its own: one of sky alone would be brought to the brightness of a street. Use it around
+        sliding windows, scales and flips of an image.
+
+        Args:
+            images: (B, C, H, W) as the backbone is given them; B is 1, or that of each forward.
+        """
+        with self.images.scene(images):
+            yield
+
+    def distance(self) -> Tensor:
+        """How far the images of this thread's last forward in evaluation lay from the source: (B,).
+
+        It is z of the coarse stage, the mean squared distance of the channels' statistics in variances of the source:
+        about 1 for images like the source's, 5 and more in another light or weather.
+
+        Raises:
+            CalibrationError: if there was no such forward.
+        """
+        return self.images.distance()
 
     def losses(self, labels: Tensor, ignore_index: int = 255) -> dict[str, Tensor]:
         """The hierarchical losses of the last forward, each already times its weight, averaged over the blocks.
@@ -203,7 +265,8 @@ class Calibration(Adapters):
         Raises:
             CalibrationError: naming the blocks that the forward did not call.
         """
-        return reports.check(self.blocks, self.adapter, self.backbone if model is None else model, args, kwargs)
+        model = self.backbone if model is None else model
+        return reports.check(self.blocks, self.images, self.adapter, model, args, kwargs)
 
     def summary(self) -> str:
         """A table of trainable parameters per block and granularity, their share of the backbone, and batches seen."""

@@ -67,9 +67,10 @@ class _Config:
             valid = isinstance(layers, tuple) and len(layers) > 0 and all(_is_int(i) for i in layers)
         expect(valid, f"{type(self).__name__}.layers", '"all", "first:n", "last:n" or a tuple of block indices', layers)
 
-    def _check_strength(self, strength: float) -> None:
-        valid = _is_number(strength) and 0 <= strength <= 1
-        expect(valid, f"{type(self).__name__}.strength", "a number from 0 to 1", strength)
+    def _check_share(self, name: str) -> None:
+        value = getattr(self, name)
+        valid = _is_number(value) and 0 <= value <= 1
+        expect(valid, f"{type(self).__name__}.{name}", "a number from 0 to 1", value)
 
     def _check_weight(self, weight: float) -> None:
         valid = _is_number(weight) and weight >= 0
@@ -86,22 +87,21 @@ def _as_items(config: _Config) -> list[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class CoarseConfig(_Config):
-    """The coarse stage: scene-level statistics (see `CoarseCalib`).
+    """The coarse stage: scene-level statistics of the image (see `CoarseCalib`).
 
     Args:
         strength: s, from 0 to 1: the share of the way to the source's statistics that a scene far from them is moved.
-        layers: which of the calibrated blocks have this stage: "all", "first:n" or "last:n" of them, or block indices
-            (negative ones count from the end).
+        randomise: share of training's images that are put into another light, colour, sharpness and noise, from 0 to 1.
         loss_weight: weight of the loss on which categories the scene holds; 0 turns it off.
     """
 
     strength: float = 1.0
-    layers: Layers = "first:6"
+    randomise: float = 0.5
     loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        self._check_strength(self.strength)
-        self._check_layers(self.layers)
+        self._check_share("strength")
+        self._check_share("randomise")
         self._check_weight(self.loss_weight)
 
 
@@ -113,7 +113,8 @@ class MediumConfig(_Config):
         num_prototypes: categories K of each block.
         temperature: tau of the softmax over cosine similarities.
         strength: s, from 0 to 1: the share of the way to the source's prototype that a category far from it is moved.
-        layers: which of the calibrated blocks have this stage, as in `CoarseConfig`.
+        layers: which of the calibrated blocks have this stage: "all", "first:n" or "last:n" of them, or block indices
+            (negative ones count from the end).
         loss_weight: weight of the loss on each patch's mix of categories; 0 turns it off.
     """
 
@@ -128,7 +129,7 @@ class MediumConfig(_Config):
         expect(valid, "MediumConfig.num_prototypes", "an int > 0", self.num_prototypes)
         valid = _is_number(self.temperature) and self.temperature > 0
         expect(valid, "MediumConfig.temperature", "a finite number > 0", self.temperature)
-        self._check_strength(self.strength)
+        self._check_share("strength")
         self._check_layers(self.layers)
         self._check_weight(self.loss_weight)
 
@@ -139,7 +140,7 @@ class FineConfig(_Config):
 
     Args:
         kernel_size: odd side of the high-pass kernel, in patches.
-        layers: blocks that have this stage, as in `CoarseConfig`.
+        layers: blocks that have this stage, as in `MediumConfig`.
         loss_weight: weight of the loss that lets detail through at the boundaries of the labels; 0 turns it off.
     """
 
@@ -159,11 +160,12 @@ class MGFCConfig(_Config):
     """The calibrators of one backbone.
 
     Args:
-        rank: r of the low-rank adapters; at most the width of the narrowest feed-forward network's input.
+        rank: r of the low-rank adapters, at most the width of the narrowest feed-forward network's input; None for
+            calibration alone, without any learnt part.
         layers: blocks that get a calibrator: "all", "first:n", "last:n" or block indices (negative ones count from the end).
         coarse: the coarse stage, or None to leave it out.
         medium: the medium stage, or None to leave it out.
-        fine: the fine stage, or None to leave it out.
+        fine: the fine stage, or None to leave it out (the default).
         num_classes: categories of the labels; needed once a stage's `loss_weight` is above 0.
 
     Raises:
@@ -174,15 +176,16 @@ class MGFCConfig(_Config):
         True
     """
 
-    rank: int = 16
+    rank: int | None = 16
     layers: Layers = "all"
     coarse: CoarseConfig | None = CoarseConfig()
     medium: MediumConfig | None = MediumConfig()
-    fine: FineConfig | None = FineConfig()
+    fine: FineConfig | None = None
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        expect(_is_int(self.rank) and self.rank > 0, "MGFCConfig.rank", "an int > 0", self.rank)
+        valid = self.rank is None or (_is_int(self.rank) and self.rank > 0)
+        expect(valid, "MGFCConfig.rank", "an int > 0 or None", self.rank)
         self._check_layers(self.layers)
         for name, stage_class in _stage_classes().items():
             stage = getattr(self, name)

@@ -45,6 +45,8 @@ def _guard_class() -> type[nn.Module]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     class PeftGuard(nn.Module, BaseTunerLayer):
+        weight = bias = None  # type: ignore[assignment]  # of the layer that a tuner layer wraps; here there is none
+
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             """Nothing to merge."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,16 +13,23 @@ from mgfc.adapter import STAGES, Adapter
 from mgfc.blocks import BlockHooks, BlockReport
 from mgfc.calibrators import CalibLayer
 from mgfc.errors import CalibrationError
+from mgfc.images import ImageHook
 
 
 @torch.no_grad()
 def check(
-    blocks: Sequence[BlockHooks], adapter: Adapter, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    blocks: Sequence[BlockHooks],
+    images: ImageHook,
+    adapter: Adapter,
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> list[BlockReport]:
     """Runs one forward of a model and reports what each calibrated block saw.
 
     Args:
         blocks: hooks of the backbone's blocks.
+        images: the hook before its patch embedding.
         adapter: the active one.
         model: the backbone, or a host that should reach every block.
         args: of the forward.
@@ -29,8 +37,12 @@ def check(
 
     Raises:
         CalibrationError: naming the blocks that the forward did not call.
+
+    Warns:
+        UserWarning: if no images reached the coarse stage.
     """
     modes = {module: module.training for module in model.modules()}
+    images.called = False
     for hooks in blocks:
         hooks.watch(True)
     try:
@@ -50,13 +62,15 @@ def check(
         "every calibrated block to be called",
         "The model skips them or runs their parts itself, so that their calibrators have no effect.",
     )
-    with_low_rank = {index for index, layer in calibrated.items() if isinstance(layer, CalibLayer)}
+    with_low_rank = {i for i, layer in calibrated.items() if isinstance(layer, CalibLayer) and layer.low_rank is not None}
     _require_none(
         model,
         [hooks.name for hooks in blocks if hooks.index in with_low_rank - adapted],
         "the first linear layer of every block's feed-forward network to be called",
         "They use its weight in another way, so that their low-rank adapters have no effect.",
     )
+    if adapter.coarse is not None and not images.called:
+        warnings.warn("The coarse stage saw no images of shape (B, C, H, W), so that it has no effect.", stacklevel=3)
     return list(reports.values())
 
 
@@ -85,5 +99,6 @@ def summary(block_names: Sequence[str], adapter: Adapter, num_backbone: int) -> 
     own = adapter.num_parameters
     lines.append(f"{own:,} parameters, {100 * own / num_backbone:.2f} % of the backbone's {num_backbone:,}")
     if adapter.num_batches is not None:
-        lines.append(f"statistics of {adapter.num_batches} training batches")
+        origin = "gathered after training" if adapter.is_observed else "gathered during training"
+        lines.append(f"statistics of {adapter.num_batches} batches, {origin}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,8 +17,10 @@ _TAG = "_mgfc_grid"
 _STEM = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
-class GridTracker:
+class GridTracker(threading.local):
     """Knows the grid of the tokens that reach a block, for any resolution and any order of calls.
+
+    Each thread has its own, so that two that run one model at once do not see each other's.
 
     Modules outside the blocks that see the image as a map tell their size as they run. A block call takes the newest of
     these sizes that fits its number of tokens. Tokens that met a block carry their grid as a tag, so that a recomputation
@@ -114,7 +117,7 @@ def stem_hooks(root: nn.Module, blocks: Iterable[str], tracker: GridTracker) -> 
         if "PatchDropout" in type(module).__name__:
             handles.append(module.register_forward_hook(tracker.observe_dropping))
             continue
-        sees_maps, sees_images = isinstance(module, _STEM), _is_pair(getattr(module, "patch_size", None))
+        sees_maps, sees_images = isinstance(module, _STEM), is_pair(getattr(module, "patch_size", None))
         if (sees_maps or sees_images) and is_first:
             # Sizes of earlier forwards would otherwise be part of what torch.compile specialises on.
             handles.append(module.register_forward_pre_hook(tracker.forget))
@@ -130,7 +133,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _is_pair(value: Any) -> bool:
+def is_pair(value: Any) -> bool:
     return _is_number(value) or (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_number, value)))
 
 
@@ -143,6 +146,6 @@ def _pairs(values: Any) -> list[Grid]:
     if values is None or isinstance(values, Tensor):
         return []
     values = list(values)
-    pairs = [_pair(value) for value in values if isinstance(value, (tuple, list)) and _is_pair(value)]
+    pairs = [_pair(value) for value in values if isinstance(value, (tuple, list)) and is_pair(value)]
     numbers = [(a, b) for a, b in itertools.pairwise(values) if _is_number(a) and _is_number(b)]
     return pairs + numbers

@@ -28,15 +28,11 @@ class RasterOrder:
         self.leading = leading
         self.trailing = trailing
 
-    def extra(self, num_tokens: int, grid: Grid | None) -> tuple[int, int]:
-        """How many extra tokens lead and trail `num_tokens` of them."""
-        leading = self.leading if grid is None else num_tokens - grid[0] * grid[1] - self.trailing
-        return leading, self.trailing
-
     def view(self, tokens: Tensor, grid: Grid | None) -> PatchView:
         """Splits (B, N, C) into patches and extra tokens."""
-        leading, trailing = self.extra(tokens.shape[1], grid)
-        return PatchView(tokens[:, leading : tokens.shape[1] - trailing], grid, leading, trailing)
+        end = tokens.shape[1] - self.trailing
+        leading = self.leading if grid is None else end - grid[0] * grid[1]
+        return PatchView(tokens[:, leading:end], grid, leading, self.trailing)
 
 
 class MaskUnitOrder:
@@ -50,10 +46,6 @@ class MaskUnitOrder:
     def __init__(self, owner: nn.Module, stage: int) -> None:
         self.owner: Any = owner
         self.stage = stage
-
-    def extra(self, num_tokens: int, grid: Grid | None) -> tuple[int, int]:
-        """None."""
-        return 0, 0
 
     def view(self, tokens: Tensor, grid: Grid | None) -> PatchView:
         """Brings (B, N, C) into raster order; masked input has no grid and stays as it is."""
@@ -83,10 +75,6 @@ class WindowOrder:
     def __init__(self, side: int, leading: int) -> None:
         self.side = side
         self.leading = leading
-
-    def extra(self, num_tokens: int, grid: Grid | None) -> tuple[int, int]:
-        """How many extra tokens lead and trail each window."""
-        return self.leading, 0
 
     def view(self, tokens: Tensor, grid: Grid | None) -> PatchView:
         """Joins the windows of each image into one raster: (B*side*side, extra + n, C) -> (B, h*w, C)."""
@@ -163,13 +151,6 @@ def channels_last(tensor: Tensor, dim: int) -> tuple[Tensor, bool]:
 def channels_back(tensor: Tensor, moved: bool) -> Tensor:
     """Undoes `channels_last`."""
     return tensor.permute(0, 3, 1, 2) if moved else tensor
-
-
-def extra_tokens(tokens: Tensor, order: Order, tracker: GridTracker) -> tuple[int, int]:
-    """How many extra tokens lead and trail in a tensor of a block's that has the channels last."""
-    if tokens.ndim == 4:
-        return 0, 0
-    return order.extra(tokens.shape[1], _grid(tokens.shape[1], order, tracker))
 
 
 def view_patches(tensor: Tensor, dim: int, order: Order, tracker: GridTracker, output: Any = None) -> PatchView:

@@ -3,60 +3,100 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mgfc.calibrators.randomise import randomise_scenes
 from mgfc.calibrators.running import RunningMean
 from mgfc.calibrators.statistics import EPS, SourceCalib
 
 
 class CoarseCalib(SourceCalib):
-    """Scene-level feature statistics: mean and standard deviation of an image's tokens are moved towards the source's.
+    """Scene-level statistics: mean and standard deviation of an image's channels are moved towards the source's.
 
-    Light, weather and camera shift and scale whole channels of a scene; so does its content, within limits. With patch
-    tokens X (N x C), t are the mean and the logarithm of the standard deviation of each channel over the patches, and t'
-    and v' the mean and the variance of t over the source's images. The further t lies from t', measured by v', the closer
+    Light, weather and camera shift and scale whole channels of a scene; so does its content, within limits. With an image
+    X (C x H x W), t are the mean and the logarithm of the standard deviation of each channel over the pixels, and t' and
+    v' the mean and the variance of t over the source's images. The further t lies from t', measured by v', the closer
     the shrinkage factor a comes to s:
 
         z = mean of (t' - t)^2 / v' over the 2 C statistics;   a = s max(0, 1 - 0.5 / z)
         X <- mu + a (mu' - mu) + (sigma' / sigma)^a (X - mu),   where t = (mu, log sigma)
 
-    In training mode tokens pass unchanged and the running statistics are updated. A module that has seen no training batch is
-    the identity. Cost is linear in N, and the order of the patches does not matter. Source: `docs/method.md`, "Coarse".
+    In training mode the running statistics are updated, and a share of the images is moved away instead, into another
+    light, colour, sharpness and noise (`mgfc.calibrators.randomise`): what is learnt behind has to stand it. In evaluation
+    a module without statistics is the identity. Rows and columns at the border that are 0 in all channels are padding:
+    they do not count and stay 0. Source: `docs/method.md`, "Coarse".
 
     Args:
-        dim: channels C of the tokens.
+        channels: C of the images.
         strength: s; 0 leaves a scene as it is, 1 gives one that is far from all others the source's mean and
             standard deviation.
+        randomise: share of training's images that are randomised, from 0 to 1.
 
     Examples:
-        >>> CoarseCalib(64)(torch.randn(2, 6 * 9, 64), (6, 9)).shape
-        torch.Size([2, 54, 64])
+        >>> CoarseCalib(3)(torch.randn(2, 3, 28, 42)).shape
+        torch.Size([2, 3, 28, 42])
     """
 
     # The variance is measured on augmented crops of training, which vary more than whole images.
     USUAL = 0.5
 
-    def __init__(self, dim: int, strength: float = 1.0) -> None:
+    def __init__(self, channels: int, strength: float = 1.0, randomise: float = 0.5) -> None:
         super().__init__(strength)
+        self.randomise = randomise
         # First and second moment of the two statistics of an image.
-        self.source = RunningMean(2, 2, dim)
+        self.source = RunningMean(2, 2, channels)
+
+    def statistics(self, images: Tensor) -> Tensor:
+        """The t of each image, the mean and the logarithm of the standard deviation: (B, C, H, W) -> (B, 2, C)."""
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        count = _inside(images).sum(dim=(2, 3)).clamp_min(1)
+        mean = images.sum(dim=(2, 3)) / count
+        variance = images.square().sum(dim=(2, 3)) / count - mean.square()
+        return torch.stack([mean, (variance.clamp_min(0) + EPS).log() / 2], dim=1)
 
     @torch.no_grad()
-    def observe(self, tokens: Tensor) -> None:
-        """In training mode, updates the running statistics with a batch: (B, N, C)."""
-        found = _statistics(tokens)
-        self.source.observe(torch.stack([found, found.square()], dim=1).mean(dim=0))
+    def observe(self, images: Tensor) -> None:
+        """Updates the running statistics with a batch: (B, C, H, W)."""
+        found = self.statistics(images)
+        self.source.observe(torch.stack([found, found.square()], dim=1))
 
-    def shift(self, tokens: Tensor) -> Tensor:
-        """What calibration adds: (B, N, C) -> (B, N, C)."""
-        found, (expected, square) = _statistics(tokens), self.source.value
+    def distance(self, statistics: Tensor) -> Tensor:
+        """The z of each image, from its statistics: (B, 2, C) -> (B,); 0 without statistics of the source."""
+        expected, square = self.source.value
+        away = self.source.ready * (expected - statistics)
+        z: Tensor = (away.square() / (square - expected.square()).clamp_min(EPS)).mean(dim=(1, 2))
+        return z
+
+    def forward(self, images: Tensor, statistics: Tensor | None = None) -> Tensor:
+        """Calibrates images; in training mode, updates the running statistics and randomises images instead.
+
+        Args:
+            images: (B, C, H, W).
+            statistics: (B, 2, C) or (1, 2, C) of the scenes that the images are parts of; None for the images' own.
+
+        Returns:
+            (B, C, H, W).
+        """
+        if self.is_gathering:
+            self.observe(images)
+            if not self.training or self.randomise == 0:
+                return images
+            return torch.where(_inside(images), randomise_scenes(images, self.randomise), images)
+        found = self.statistics(images) if statistics is None else statistics
+        expected, square = self.source.value
         away = expected - found
-        shift, log_scale = (self.fraction(away, square - expected.square(), (1, 2)) * away).unsqueeze(2).unbind(dim=1)
-        scale = log_scale.expm1()
-        return torch.addcmul(shift - scale * found[:, :1], tokens.to(found.dtype), scale)
+        shift, log_scale = (self.fraction(away, square - expected.square(), (1, 2)) * away)[..., None, None].unbind(dim=1)
+        mean, scale = found[:, 0, :, None, None], log_scale.exp()
+        calibrated = torch.addcmul(mean + shift - scale * mean, images.to(found.dtype), scale)
+        return torch.where(_inside(images), calibrated.to(images.dtype), images)
 
 
-def _statistics(tokens: Tensor) -> Tensor:
-    """Of each image and channel, the mean and the logarithm of the standard deviation: (B, N, C) -> (B, 2, C)."""
-    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    mean = tokens.mean(dim=1, keepdim=True)
-    variance = (tokens - mean).square().mean(dim=1)  # several times as fast as torch.var on a CPU
-    return torch.stack([mean.squeeze(1), (variance + EPS).log() / 2], dim=1)
+def _inside(images: Tensor) -> Tensor:
+    """Which pixels are of the image, and not padding around it: (B, C, H, W) -> (B, 1, H, W)."""
+    filled = (images != 0).any(dim=1)
+    rows, columns = _between(filled.any(dim=2)), _between(filled.any(dim=1))
+    return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
+
+
+def _between(filled: Tensor) -> Tensor:
+    """What lies between the first and the last true value of each row, both included: (B, N) -> (B, N)."""
+    counts = filled.cumsum(dim=1)
+    return (counts > 0) & (counts < counts[:, -1:]) | filled

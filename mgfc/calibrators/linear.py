@@ -32,6 +32,6 @@ class PlainLinear(nn.Module):
         """Its sizes, for `print`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def forward(self, x: Tensor, channels: slice = slice(None)) -> Tensor:
-        """(..., in_features) -> (..., out_features), or only some of the output channels."""
-        return F.linear(x, self.weight[channels], None if self.bias is None else self.bias[channels])
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return F.linear(x, self.weight, self.bias)

@@ -86,9 +86,9 @@ class MediumCalib(SourceCalib):
 
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
-        """In training mode, updates the running centroids with a batch: (B, N, C)."""
+        """Updates the running centroids with a batch: (B, N, C)."""
         _, shares, sums = self._assign(tokens)
-        found = torch.cat([shares, sums, sums * _centroids(shares, sums)], dim=-1).mean(dim=0)
+        found = torch.cat([shares, sums, sums * _centroids(shares, sums)], dim=-1)
         self.source.observe(torch.where(self.source.ready > 0, found, self._first(tokens)))
 
     def _first(self, tokens: Tensor) -> Tensor:
@@ -100,7 +100,22 @@ class MediumCalib(SourceCalib):
         own = (places >= 0) & (places < count)
         chosen = tokens[places.clamp(0, count - 1)].to(torch.promote_types(tokens.dtype, torch.float32))
         moments = torch.cat([torch.ones_like(chosen[:, :1]), chosen, chosen.square()], dim=1) / self.num_prototypes
-        return moments * own.unsqueeze(-1) * size  # the mean over processes makes them one batch
+        return moments * own.unsqueeze(-1) * size  # the mean over all processes' images makes them one batch
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Calibrates patch tokens; in training mode, updates the running centroids instead.
+
+        Args:
+            tokens: (B, h*w, C).
+            grid: (h, w) in patches; not used, since categories have no places.
+
+        Returns:
+            (B, h*w, C).
+        """
+        if self.is_gathering:
+            self.observe(tokens)
+            return tokens
+        return tokens + self.shift(tokens).to(tokens.dtype)
 
 
 def _centroids(shares: Tensor, sums: Tensor) -> Tensor:

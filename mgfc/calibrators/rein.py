@@ -59,6 +59,11 @@ class ReinCalib(nn.Module):
         self.tokens = nn.Parameter(torch.empty(num_tokens, width).uniform_(-bound, bound))
         self.basis = None if token_rank is None else nn.Parameter(torch.empty(token_rank, dim).uniform_(-bound, bound))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the refinement is computed."""
+        return self.tokens.dtype
+
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None, record: object = None) -> Tensor:
         """Refines patch tokens: (B, N, C) -> (B, N, C). Grid and record are not used."""
         shared: ReinShared = self.__dict__["shared"]

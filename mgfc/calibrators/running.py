@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from mgfc.distributed import mean_over_processes
+from mgfc.distributed import sum_over_processes
 
 
 def is_recomputing() -> bool:
@@ -16,62 +16,111 @@ def is_recomputing() -> bool:
 
 @contextmanager
 def as_one_batch(module: nn.Module) -> Iterator[None]:
-    """Within it, the images of a batch may pass one by one: running means take them in together at the end."""
+    """Within it, the images of a batch may pass one by one: running means are updated by all of them at the end."""
     means = [part for part in module.modules() if isinstance(part, RunningMean)]
-    held: list[list[Tensor]] = [[] for _ in means]
-    for mean, values in zip(means, held, strict=True):
-        mean._held = values
+    for mean in means:
+        mean.held = []
     try:
         yield
     finally:
+        found = [mean.held for mean in means]
         for mean in means:
-            mean._held = None
-    for mean, values in zip(means, held, strict=True):
+            mean.held = None
+    for mean, values in zip(means, found, strict=True):
         if values:
             # In the first batch every image offers a start, of which one has to be taken.
-            mean.observe(torch.stack(values).mean(dim=0) if mean.count else values[0])
+            mean.observe(torch.cat(values) if mean.count else values[0])
 
 
 class RunningMean(nn.Module):
-    """The mean of what training batches showed, as in BatchNorm: plain at first, then exponential.
+    """The mean of what training images showed: plain at first, then exponential over batches, as in BatchNorm.
+
+    It is kept as a weighted sum and the sum of the weights. Whatever linear mixture of two states is taken, as moving
+    averages of a model and merged adapters do, its mean is then the weighted mean of theirs, also if one is empty.
 
     Args:
         *shape: of the tensor that is averaged.
-        momentum: least weight of a new value.
+        momentum: least weight of a new batch.
+
+    Attributes:
+        observing: whether values are added in eval mode, too, all images weighing the same.
+        held: where values are kept instead of being added; None to add them.
     """
 
-    value: Tensor
+    total: Tensor
+    weight: Tensor
     count: Tensor
+    observed: Tensor
 
     def __init__(self, *shape: int, momentum: float = 0.02) -> None:
         super().__init__()
         self.momentum = momentum
-        self._held: list[Tensor] | None = None
-        self.register_buffer("value", torch.zeros(shape))
-        self.register_buffer("count", torch.zeros(()))
+        self.observing = False
+        self.held: list[Tensor] | None = None
+        self.register_buffer("total", torch.zeros(shape))
+        self.register_buffer("weight", torch.zeros(()))
+        self.register_buffer("count", torch.zeros(()))  # batches
+        self.register_buffer("observed", torch.zeros(()))  # 1 if they were gathered after training, in one pass
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
         """Moves as any module does, but stays in full precision: a variance is a small difference of large numbers."""
-        before = {"value": self.value, "count": self.count}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             moved = getattr(self, name)
-            if torch.finfo(moved.dtype).bits < 32:
+            if buffer is not None and torch.finfo(moved.dtype).bits < 32:
                 setattr(self, name, buffer.to(moved.device))
         return self
 
     @property
+    def value(self) -> Tensor:
+        """The mean; zeros before the first batch."""
+        return self.total / torch.where(self.weight > 0, self.weight, 1)
+
+    @property
     def ready(self) -> Tensor:
         """1 if there is a mean, else 0."""
-        return self.count.clamp_max(1)
+        return (self.weight > 0).to(self.weight.dtype)
+
+    def start_observing(self) -> None:
+        """Forgets all values; from now on they are added in eval mode, too, all images weighing the same."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.observing = True
+
+    def stop_observing(self) -> None:
+        """Keeps the mean of what was added since `start_observing`."""
+        self.observing = False
+        self.total.copy_(self.value)
+        self.weight.copy_(self.ready)
+        self.observed.copy_(self.ready)
+
+    def set(self, value: Tensor, count: float = 1) -> None:
+        """Makes a tensor the mean, as if so many batches had shown it."""
+        self.total.copy_(value)
+        self.weight.fill_(1)
+        self.count.fill_(count)
 
     @torch.no_grad()
-    def observe(self, value: Tensor) -> None:
-        """In training mode, adds what a batch showed: of all processes, which share it equally."""
-        if not self.training or is_recomputing():
+    def observe(self, values: Tensor) -> None:
+        """In training mode, adds what each image of a batch showed: (B, *shape), of all processes together.
+
+        An image with a value that is not finite is left out.
+        """
+        if not (self.training or self.observing) or is_recomputing():
             return
-        if self._held is not None:
-            self._held.append(value)
+        if self.held is not None:
+            self.held.append(values)
             return
-        self.count += 1
-        self.value += (1 / self.count).clamp_min(self.momentum) * (mean_over_processes(value) - self.value)
+        finite = values.isfinite().flatten(1).all(dim=1)
+        values = torch.where(finite.view(-1, *[1] * (values.ndim - 1)), values, 0).to(self.total.dtype)
+        total, number = sum_over_processes(values.sum(dim=0)), sum_over_processes(finite.sum().to(self.total.dtype))
+        self.count += number > 0
+        if self.observing:
+            self.total += total
+            self.weight += number
+        else:
+            share = (number > 0) * (1 / self.count.clamp_min(1)).clamp_min(self.momentum)
+            self.total += share * (total / number.clamp_min(1) - self.total)
+            self.weight += share * (1 - self.weight)
+            self.observed.zero_()

@@ -1,4 +1,4 @@
-"""What coarse and medium calibration share: running statistics of the source, updated in training and applied in evaluation."""
+"""What coarse and medium calibration share: running statistics of the source, and how far to move towards them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ EPS = 1e-6
 
 
 class SourceCalib(nn.Module):
-    """Moves feature statistics of an image towards those of the source domain, by a shrinkage factor.
+    """Moves statistics of an image towards those of the source domain, by a shrinkage factor.
 
     For statistics t of an image, whose mean and variance over the images of the source are t' and v':
 
         z = mean of (t' - t)^2 / v';   a = s max(0, 1 - usual / z);   t <- t + a (t' - t)
 
-    In training mode tokens pass unchanged and the running statistics are updated, so that what is learnt meets the
-    source's full variety. A module that has seen no training batch is the identity. Nothing here fits the source by gradient.
-    Source: `docs/method.md`, "Coarse"; a is the positive-part estimator of James and Stein (1961).
+    In training mode, and while it is observing, images pass unchanged and the running statistics are updated, so that what
+    is learnt meets the source's full variety. A module without statistics is the identity. Nothing here fits the source by
+    gradient. Source: `docs/method.md`, "Coarse"; a is the positive-part estimator of James and Stein (1961).
 
     Args:
         strength: s; 0 leaves an image as it is, 1 gives one that is far from all others the source's statistics.
@@ -33,30 +33,12 @@ class SourceCalib(nn.Module):
         super().__init__()
         self.strength = strength
 
-    def observe(self, tokens: Tensor) -> None:
-        """In training mode, updates the running statistics with a batch: (B, N, C)."""
-        raise NotImplementedError
-
-    def shift(self, tokens: Tensor) -> Tensor:
-        """What calibration adds: (B, N, C) -> (B, N, C)."""
-        raise NotImplementedError
+    @property
+    def is_gathering(self) -> bool:
+        """Whether the next forward updates the statistics instead of using them."""
+        return self.training or self.source.observing
 
     def fraction(self, away: Tensor, variance: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """a, from t' - t and v'; z is a mean over `dim`, which stays with size 1."""
         distance = (away.square() / variance.clamp_min(EPS)).mean(dim=dim, keepdim=True)
         return self.source.ready * self.strength * (1 - self.USUAL / distance.clamp_min(self.USUAL))
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Calibrates patch tokens; in training mode, updates the running statistics instead.
-
-        Args:
-            tokens: (B, h*w, C).
-            grid: (h, w) in patches; not used, since these statistics have no places.
-
-        Returns:
-            (B, h*w, C).
-        """
-        if self.training:
-            self.observe(tokens)
-            return tokens
-        return tokens + self.shift(tokens).to(tokens.dtype)

@@ -54,14 +54,15 @@ def _results(training: Mapping[str, Any]) -> list[EvalResult]:
     for key, value in (training.get("metrics") or {}).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        dataset = _MIOU.sub("", str(key)).strip(" ,:;-") or ", ".join(training.get("datasets") or []) or "unknown"
-        kind = "mean_iou" if _MIOU.search(str(key)) else _identifier(str(key))
+        is_miou = _MIOU.search(str(key)) is not None
+        dataset = _MIOU.sub("", str(key)).strip(" ,:;-") if is_miou else ""
+        dataset = dataset or ", ".join(training.get("datasets") or []) or "unknown"
         found.append(
             EvalResult(
                 task_type=TASK,
                 dataset_type=_identifier(dataset),
                 dataset_name=dataset,
-                metric_type=kind,
+                metric_type="mean_iou" if is_miou else _identifier(str(key)),
                 metric_name=str(key),
                 metric_value=value,
             )

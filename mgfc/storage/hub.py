@@ -104,7 +104,7 @@ def upload(
     Other files in the repository stay; so does a model card that was edited. A head of before goes if there is no new one.
 
     Args:
-        directory: what `save_adapter` wrote.
+        directory: what `mgfc.storage.directory.save` wrote.
         repo_id: organisation/name.
         private: of a new repository; None for the organisation's default.
         token: Hub access token with write permission; None or True for the stored one.

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from mgfc import peft
 from mgfc.adapter import Adapter
-from mgfc.backbones.description import BlockWidths, block_widths, describe
+from mgfc.backbones.description import block_widths, describe
 from mgfc.backbones.detection import Tower
+from mgfc.backbones.stem import in_channels
 from mgfc.config import AdapterConfig, MGFCConfig
 from mgfc.errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, ConfigError
 from mgfc.heads import SegmentationHead
@@ -79,7 +80,7 @@ def make_adapter(tower: Tower, source: AdapterConfig | Source | None, **hub_opti
         AdapterNotFoundError, AdapterFileError, AdapterMismatchError: as in `read` and `build`.
     """
     if source is None or isinstance(source, AdapterConfig):
-        return Adapter(source or MGFCConfig(), _widths(tower)), None
+        return _adapter(source or MGFCConfig(), tower), None
     if isinstance(source, (str, os.PathLike)):
         saved = read(source, **hub_options)
         return build(saved, tower), saved.tuner
@@ -115,7 +116,7 @@ def build(saved: Saved, tower: Tower) -> Adapter:
     _compare_backbones(saved, found)
     try:
         with torch.device("meta"):
-            adapter = Adapter(saved.config, _widths(tower))
+            adapter = _adapter(saved.config, tower)
     except ConfigError as error:
         raise AdapterMismatchError(f"{saved.source} does not fit this {found['architecture']}. {error}") from None
     _load_strictly(adapter, saved.tensors, saved.source)
@@ -123,8 +124,8 @@ def build(saved: Saved, tower: Tower) -> Adapter:
     return adapter
 
 
-def _widths(tower: Tower) -> list[BlockWidths]:
-    return [block_widths(block) for block in tower.modules()]
+def _adapter(config: AdapterConfig, tower: Tower) -> Adapter:
+    return Adapter(config, [block_widths(block) for block in tower.modules()], in_channels(tower))
 
 
 def load_head(source: str | os.PathLike[str], head: nn.Module | None = None, **hub_options: Any) -> nn.Module:
