@@ -37,7 +37,7 @@ class MatchHistogram:
 
     def __init__(self, source: Pixels, levels: int = 1024) -> None:
         at = np.linspace(0, 1, levels)
-        quantiles = [np.quantile(image.reshape(-1, 3)[::7], at, axis=0) for image in source]
+        quantiles = [np.quantile(image.reshape(-1, 3), at, axis=0) for image in source]
         self.reference = np.mean(quantiles, axis=0).round().astype(np.uint8).reshape(levels, 1, 3)
 
     def __call__(self, image: Image) -> Image:
