@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ sys.path.append(str(ROOT / "examples"))
 
 from domain_generalization import __main__ as command  # noqa: E402
 from domain_generalization import crops, metrics, pack, plan, report, scenes, suite, tables, training, variants  # noqa: E402
-from domain_generalization.alignment import ALPHA, BLOCKS, ClassConditionalHead, align_statistics  # noqa: E402
+from domain_generalization.alignment import ALPHA, BLOCKS, ClassConditionalHead, aligned_statistics  # noqa: E402
 from domain_generalization.corruptions import corrupt  # noqa: E402
 from domain_generalization.domains import KINDS, SOURCES, STRENGTHS, Target, chosen, spread, targets  # noqa: E402
 from domain_generalization.inputs import CONTROLS, Clahe, MatchHistogram, Standardise  # noqa: E402
@@ -408,14 +409,17 @@ class TestAlignment:
         source = scenes.read_training(packed, "synth_town:train", (42, 56))
         entered: list[Tensor] = []
         first = model[0].backbone.encoder.layer[BLOCKS[0]]
-        align_statistics(model, source)
+        hooks = len(first._forward_pre_hooks)
         first.register_forward_pre_hook(lambda _, args: entered.append(args[0][:, 1:13]))
         before: list[Tensor] = []
         previous = model[0].backbone.encoder.layer[BLOCKS[0] - 1]
         previous.register_forward_hook(lambda _, args, out: before.append(out[:, 1:]))
         pixels = torch.from_numpy(np.concatenate([source.images, 255 - source.images]))
-        with torch.no_grad():
+        with aligned_statistics(model, source), torch.no_grad():
+            entered.clear()
+            before.clear()
             model(normalise(pixels))
+        assert len(first._forward_pre_hooks) == hooks + 1
         (found,), (plain,) = entered, before
         assert plain.shape == found.shape == (8, 12, 32)
         for of in (lambda x: x.mean(1), lambda x: x.std(1, correction=0)):
@@ -450,10 +454,8 @@ def tiny_settings(**changes: Any) -> training.Settings:
 class TestVariants:
     @pytest.mark.parametrize("name", ["as trained", *ALIGNMENTS])
     def test_each_image_is_by_itself(self, name: str, packed: Path, places: training.Places) -> None:
-        settings = tiny_settings()
-        model = variants.model_of(name, settings, training.trained_or_train(settings, places), places)
         images = normalise(torch.from_numpy(scenes.read_training(packed, "camvid:train_day", (42, 56)).images))
-        with torch.inference_mode():
+        with variant(name, tiny_settings(), places) as model, torch.inference_mode():
             torch.testing.assert_close(model(images)[2:3], model(images[2:3]), rtol=1e-3, atol=1e-4)
 
     def test_a_score_is_the_sum_over_all_batches(self, packed: Path, places: training.Places) -> None:
@@ -469,25 +471,19 @@ class TestVariants:
         assert scored.iou == pytest.approx(confusion.iou(), abs=0.1)
         assert 0 < scored.boundary < 100 and scored.scatter > 0
 
-    def test_controls_change_the_input_alone_and_ablations_the_calibration_alone(self, places: training.Places) -> None:
+    def test_ablations_change_the_calibration_alone(self, places: training.Places) -> None:
         settings = tiny_settings()
-        trained = training.trained_or_train(settings, places)
-        names = ("as trained", CONTROLS[0], "without coarse")
-        found = {name: variants.model_of(name, settings, trained, places) for name in names}
-        plain = found["as trained"]
-        assert same(plain.state_dict(), found[CONTROLS[0]].state_dict())
-        assert found["without coarse"][0].backbone.calibration.config.coarse is None
-        assert found["without coarse"][0].backbone.calibration.config.medium is not None
-        learnt = training.trained_parameters(plain)
-        assert same(learnt, training.trained_parameters(found["without coarse"]))
-        pixels = torch.rand(1, 42, 56, 3) * 40
-        with torch.inference_mode():
-            assert not same(plain(normalise(pixels)), found["without coarse"](normalise(pixels)))
+        pixels = normalise(torch.rand(1, 42, 56, 3) * 40)
+        with variant("as trained", settings, places) as plain, variant("without coarse", settings, places) as without:
+            config = without[0].backbone.calibration.config
+            assert config.coarse is None and config.medium is not None
+            assert same(training.trained_parameters(plain), training.trained_parameters(without))
+            with torch.inference_mode():
+                assert not same(plain(pixels), without(pixels))
 
     def test_what_was_not_trained_cannot_be_restored(self, places: training.Places) -> None:
-        trained = training.Trained({}, {})
         with pytest.raises(ValueError, match=r"Not trained: 0\.backbone\.calibration"):
-            variants.model_of("as trained", tiny_settings(), trained, places)
+            variants.plain_model(tiny_settings(), training.Trained({}, {}), places)
 
     @pytest.mark.skipif(not hasattr(Calibration, "observing"), reason="until mgfc has it")
     @pytest.mark.parametrize("method", ["frozen", "full", "lora_all", "rein", "vpt_deep", "mgfc"])
@@ -495,19 +491,26 @@ class TestVariants:
         self, method: str, places: training.Places
     ) -> None:
         settings = tiny_settings(method=method, options={})
-        trained = training.trained_or_train(settings, places)
-        model = variants.model_of(variants.AFTERWARDS, settings, trained, places)
-        calibration = model[0].backbone.calibration
-        assert calibration.num_batches == 2  # four images of the source, two at a time
-        assert not model.training
-        for name, value in training.trained_parameters(training.build(settings, places)).items():
-            assert value.shape == trained.state[name].shape
-            torch.testing.assert_close(model.state_dict()[name], trained.state[name])
         pixels = normalise(torch.rand(1, 42, 56, 3) * 40)
-        with torch.inference_mode():
+        trained = training.trained_or_train(settings, places)
+        with variant(variants.AFTERWARDS, settings, places) as model, torch.inference_mode():
+            calibration = model[0].backbone.calibration
+            assert calibration.num_batches == 1  # four images of the source at once
+            assert not model.training
+            state = model.state_dict()
+            for name in training.trained_parameters(training.build(settings, places)):
+                torch.testing.assert_close(state[name], trained.state[name])
             calibrated = model(pixels)
             with calibration.disabled():
                 assert not same(model(pixels), calibrated)
+
+
+@contextmanager
+def variant(name: str, settings: training.Settings, places: training.Places) -> Iterator[nn.Module]:
+    trained = training.trained_or_train(settings, places)
+    plain = variants.plain_model(settings, trained, places)
+    with variants.model_of(name, plain, settings, trained, places) as model:
+        yield model
 
 
 def record(seed: int, **changes: Any) -> report.Record:

@@ -34,7 +34,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     one.add_argument("--lr", type=float, help="of what the method trains (default: the best one of the suite `tuning`)")
     one.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="further arguments of the method")
     one.add_argument("--average", type=float, default=0.0, help="decay of a running average of the weights")
-    one.add_argument("--variants", nargs="+", metavar="NAME", help="what to score (default: all)")
     for name in ("steps", "batch-size"):
         one.add_argument(f"--{name}", type=int)
     one.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"))
@@ -58,6 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for command in (one, many, show):
         command.add_argument("--results", type=Path, default=plan.RESULTS)
     for command in (one, many):
+        command.add_argument("--variants", nargs="+", metavar="NAME", help="what to score (default: all)")
         command.add_argument("--weights", type=Path, default=WORK / "weights", help="what was trained, kept for more variants")
         command.add_argument("--crops", type=Path, default=WORK / "crops", help="training crops, made once")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +92,7 @@ def run_suite(args: argparse.Namespace) -> None:
 
     def missing() -> list[tuple[Settings, tuple[str, ...]]]:
         before = done(file)
-        runs = [(made, plan.wanted(args.name, made)) for made in plan.SUITES[args.name](args)]
+        runs = [(made, plan.wanted(args, made)) for made in plan.SUITES[args.name](args)]
         return [(made, names) for made, names in runs if not {(as_json(made), name) for name in names} <= before]
 
     while todo := missing():  # what the search tries next depends on what it has found

@@ -6,6 +6,7 @@ Both need one pass over images of the source and no gradient. Written from the p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,11 @@ class FeatureStatistics:
         self.sums: dict[int, Tensor] = {}
         self.count = 0
         self.observing = False
-        for index in BLOCKS:
-            # Before the hooks of prompts, which come after the patches.
+        # Before the hooks of prompts, which come after the patches.
+        self.handles = [
             blocks[index].register_forward_pre_hook(lambda _, args, index=index: self.enter(index, *args), prepend=True)
+            for index in BLOCKS
+        ]
 
     def enter(self, index: int, tokens: Tensor, *others: object) -> tuple[object, ...] | None:
         prefix, patches = tokens[:, :1], tokens[:, 1:]
@@ -58,16 +61,21 @@ class FeatureStatistics:
         return torch.cat([prefix, aligned], dim=1), *others
 
 
-@torch.inference_mode()
-def align_statistics(model: nn.Sequential, source: Scenes) -> nn.Sequential:
-    """The model, whose tokens are aligned with the source's from now on."""
+@contextmanager
+def aligned_statistics(model: nn.Sequential, source: Scenes) -> Iterator[nn.Sequential]:
+    """Within it, the model's tokens are aligned with the source's."""
     alignment = FeatureStatistics(model[0].backbone.encoder.layer)
-    alignment.observing = True
-    for images, _ in batches(source, next(model.parameters()).device):
-        model[0](images)
-        alignment.count += len(images)
-    alignment.observing = False
-    return model
+    try:
+        alignment.observing = True
+        with torch.inference_mode():
+            for images, _ in batches(source, next(model.parameters()).device):
+                model[0](images)
+                alignment.count += len(images)
+        alignment.observing = False
+        yield model
+    finally:
+        for handle in alignment.handles:
+            handle.remove()
 
 
 class ClassConditionalHead(nn.Module):
@@ -100,8 +108,8 @@ class ClassConditionalHead(nn.Module):
 
 
 @torch.inference_mode()
-def align_classes(model: nn.Sequential, source: Scenes) -> nn.Sequential:
-    """The model with a head that aligns the classes of an image with the source's."""
+def aligned_classes(model: nn.Sequential, source: Scenes) -> nn.Sequential:
+    """The model's features, and a head that aligns the classes of an image with the source's."""
     sums: Tensor | float = 0.0
     counts: Tensor | float = 0.0
     for images, labels in batches(source, next(model.parameters()).device):

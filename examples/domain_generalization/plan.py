@@ -131,11 +131,11 @@ def cost(args: argparse.Namespace) -> Iterator[Settings]:
             yield replace(settings(args, method, "synth_town", seed), steps=COST_STEPS, split="val")
 
 
-def wanted(suite: str, made: Settings) -> tuple[str, ...]:
+def wanted(args: argparse.Namespace, made: Settings) -> tuple[str, ...]:
     """The variants that a suite scores of a run."""
-    if suite == "tuning":
+    if args.name == "tuning" or made.options:
         return (AS_TRAINED,)
-    return variants(made.method) if not made.options else (AS_TRAINED,)
+    return tuple(name for name in variants(made.method) if args.variants is None or name in args.variants)
 
 
 SUITES = {"tuning": tuning, "peers": peers, "ablations": ablations, "cost": cost}

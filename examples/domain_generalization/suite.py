@@ -17,7 +17,7 @@ import torch
 from domain_generalization.crops import Stream, prepare
 from domain_generalization.report import read
 from domain_generalization.training import Places, Settings, trained_or_train
-from domain_generalization.variants import score_variant
+from domain_generalization.variants import plain_model, score_variant
 
 Done = set[tuple[str, str]]
 Todo = Sequence[tuple[Settings, tuple[str, ...]]]
@@ -47,8 +47,9 @@ def run(settings: Settings, variants: Iterable[str], places: Places, file: Path)
     if not missing:
         return
     trained = trained_or_train(settings, places)
+    plain = plain_model(settings, trained, places)
     for variant in missing:
-        record = score_variant(variant, settings, trained, places)
+        record = score_variant(variant, plain, settings, trained, places)
         append(file, record)
         figures = {name: value for name, value in record["miou"].items() if "," not in name}
         print(f"{settings.method} {settings.source} {settings.seed} {settings.lr:g} | {variant} | {figures}", flush=True)

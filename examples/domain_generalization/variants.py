@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
-import torch
 from PIL import Image
 from streets import jitter
 from torch import nn
 
-from domain_generalization.alignment import align_classes, align_statistics
+from domain_generalization.alignment import aligned_classes, aligned_statistics, batches
 from domain_generalization.domains import SOURCES, targets
-from domain_generalization.inputs import CONTROLS, SOURCE_IMAGES, control
+from domain_generalization.inputs import CONTROLS, control
 from domain_generalization.scenes import Scenes, read, read_training
-from domain_generalization.scoring import normalise, score
+from domain_generalization.scoring import score
 from domain_generalization.training import Places, Settings, Trained, build, restored
 from mgfc import Calibration, get_calibration
 
@@ -28,7 +30,9 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "without medium": {"medium": None},
     "without coarse and medium": {"coarse": None, "medium": None},
 }
-OBSERVED = 240  # images of the source
+# Images of the source that statistics are from.
+ALIGNED = 50
+OBSERVED = 240
 
 
 def variants(method: str) -> tuple[str, ...]:
@@ -38,30 +42,39 @@ def variants(method: str) -> tuple[str, ...]:
     return (AS_TRAINED, *CONTROLS, *ALIGNMENTS, *after, *ours)
 
 
-def model_of(variant: str, settings: Settings, trained: Trained, places: Places) -> nn.Sequential:
-    """The model of a variant, ready to be scored."""
-    if variant in WITHOUT:
-        settings = replace(settings, options=settings.options | WITHOUT[variant])
-    if variant == AFTERWARDS:
-        model = restored(build(settings, places, calibrated=True), trained, statistics=False)
-        return calibrate(model.eval(), settings, places)
-    model = restored(build(settings, places), trained).eval()
-    if variant in ALIGNMENTS:
-        align = align_statistics if variant == ALIGNMENTS[0] else align_classes
-        source = read_training(places.packed, SOURCES[settings.source].train, settings.size).some(SOURCE_IMAGES)
-        return align(model, source)
-    return model
+def plain_model(settings: Settings, trained: Trained, places: Places) -> nn.Sequential:
+    """The model as it was trained, ready to be scored."""
+    return restored(build(settings, places), trained).eval()
 
 
-def calibrate(model: nn.Sequential, settings: Settings, places: Places) -> nn.Sequential:
-    """Fills the statistics of the calibration from whole images of the source, in the lights and colours of training."""
-    source = read_training(places.packed, SOURCES[settings.source].train, settings.size).some(OBSERVED)
-    images = photographed_anew(source, settings.seed)
+@contextmanager
+def model_of(
+    variant: str, plain: nn.Sequential, settings: Settings, trained: Trained, places: Places
+) -> Iterator[nn.Sequential]:
+    """The model of a variant: the plain one, which is as it was afterwards, or one that is built anew."""
+    source = partial(read_training, places.packed, SOURCES[settings.source].train, settings.size)
+    match variant:
+        case "feature statistics aligned":
+            with aligned_statistics(plain, source().some(ALIGNED)) as model:
+                yield model
+        case "classes aligned":
+            yield aligned_classes(plain, source().some(ALIGNED))
+        case "calibrated after training":
+            model = restored(build(settings, places, calibrated=True), trained, statistics=False).eval()
+            calibrate(model, photographed_anew(source().some(OBSERVED), settings.seed))
+            yield model
+        case _ if variant in WITHOUT:
+            yield plain_model(replace(settings, options=settings.options | WITHOUT[variant]), trained, places)
+        case _:
+            yield plain
+
+
+def calibrate(model: nn.Sequential, source: Scenes) -> None:
+    """Fills the statistics of the model's calibration from whole images of the source."""
+    device = next(model.parameters()).device
     with get_calibration(model).observing():
-        for first in range(0, len(images.images), settings.batch_size):
-            batch = torch.from_numpy(images.images[first : first + settings.batch_size])
-            model(normalise(batch.to(places.device)))
-    return model
+        for images, _ in batches(source, device):
+            model(images)
 
 
 def photographed_anew(scenes: Scenes, seed: int) -> Scenes:
@@ -72,15 +85,15 @@ def photographed_anew(scenes: Scenes, seed: int) -> Scenes:
     return Scenes(images, scenes.labels)
 
 
-def score_variant(variant: str, settings: Settings, trained: Trained, places: Places) -> dict[str, Any]:
+def score_variant(variant: str, plain: nn.Sequential, settings: Settings, trained: Trained, places: Places) -> dict[str, Any]:
     """What belongs into the file of results."""
-    model = model_of(variant, settings, trained, places)
-    source = SOURCES[settings.source]
-    before = control(variant, places.packed, source.train, settings.size[0]) if variant in CONTROLS else None
-    scores = {
-        name: score(model, read(places.packed, target, settings.size[0]), before)
-        for name, target in targets(source, settings.split).items()
-    }
+    source, height = SOURCES[settings.source], settings.size[0]
+    before = control(variant, places.packed, source.train, height) if variant in CONTROLS else None
+    with model_of(variant, plain, settings, trained, places) as model:
+        scores = {
+            name: score(model, read(places.packed, target, height), before)
+            for name, target in targets(source, settings.split).items()
+        }
     calibration = getattr(model[0].backbone, "calibration", None)
 
     def mean(name: str) -> float:
