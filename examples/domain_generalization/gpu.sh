@@ -5,19 +5,20 @@
 #
 # Before, where the data are:   cd examples && python -m domain_generalization pack
 #                               and for `full`, with less in it: ... pack --scale full --sources synth_town --quality 85
-# JOBS: processes (12). SECONDS_LEFT: after which a slice stops (540); at most the last minute of a training is lost.
-# Its exit status is 0 when all is done, 3 when there is more to do.
+# PYTHON, JOBS: interpreter (python) and processes (12). SECONDS_LEFT: after which a slice stops (540); at most the last
+# minute of a training is lost. The exit status is 0 when all is done, 3 when there is more to do.
 # OUT: a folder that takes the records and the smaller files of weights, if it is set.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 slice=${1:?expected tuning, medium or full}
 jobs=${JOBS:-12}
+python=${PYTHON:-python}
 export PYTHONPATH=.. OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 results=domain_generalization/results
 work=../runs/domain_generalization
 
-suite() { python -m domain_generalization suite "$@"; }
+suite() { "$python" -m domain_generalization suite "$@"; }
 
 slices() {
   case "$slice" in
@@ -25,19 +26,19 @@ slices() {
     medium)
       suite peers --jobs "$jobs"
       suite ablations --jobs "$jobs"
-      python -m domain_generalization table
+      "$python" -m domain_generalization table
       ;;
     full)
       suite peers --scale full --sources synth_town --methods mgfc full dora_all rein --jobs 4
       suite ablations --scale full --sources synth_town --jobs 4
-      python -m domain_generalization table --scale full
+      "$python" -m domain_generalization table --scale full
       ;;
     *) echo "expected tuning, medium or full, found $slice" >&2; return 2 ;;
   esac
 }
 
 export -f suite slices
-export slice jobs
+export slice jobs python
 code=0
 timeout "${SECONDS_LEFT:-540}" bash -euc slices || code=$?
 if [ "$code" -eq 124 ]; then

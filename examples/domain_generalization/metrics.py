@@ -45,7 +45,7 @@ class Boundaries:
         for side, (own, other) in enumerate((edges, edges[::-1])):
             classes = torch.where(counted & (own > 0), own, 1 << K)
             right = (dilate(other) & classes) > 0
-            index = classes.float().log2().long()  # one bit is set
+            index = classes.float().log2().round().long()  # one bit is set
             self.counts[side, 1] += torch.bincount(index.flatten(), minlength=K + 1)
             self.counts[side, 0] += torch.bincount(torch.where(right, index, K).flatten(), minlength=K + 1)
 

@@ -38,7 +38,6 @@ FOUND_AT_SMALL = {
     "vpt_deep": 3e-3,
     "haar": 1e-2,
     "soma": 3e-3,
-    "mgfc_lora": 1e-3,
 }
 Found = dict[int, dict[float, float]]  # validation mIoU by seed and learning rate
 

@@ -12,6 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 
 from domain_generalization.crops import Stream, prepare
@@ -58,6 +59,7 @@ def run(settings: Settings, variants: Iterable[str], places: Places, file: Path)
 def start_process(threads: int | None) -> None:
     if threads:
         torch.set_num_threads(threads)
+    cv2.setNumThreads(1)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, nothing on a CPU
 
 
