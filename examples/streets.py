@@ -86,12 +86,16 @@ class TrainingCrops(Dataset[tuple[Tensor, Tensor]]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.crop(index)
+        return normalise(image), torch.from_numpy(np.array(label)).long()
+
+    def crop(self, index: int) -> Pair:
+        """An item before normalisation."""
         item = self.items[index]
         epoch, position = divmod(item, len(self.scenes))
         order = list(range(len(self.scenes)))
         random.Random(f"{self.seed} epoch {epoch}").shuffle(order)
-        image, label = augment(*self.scenes[order[position]], self.size, random.Random(f"{self.seed} item {item}"))
-        return normalise(image), torch.from_numpy(np.array(label)).long()
+        return augment(*self.scenes[order[position]], self.size, random.Random(f"{self.seed} item {item}"))
 
 
 def augment(
@@ -108,9 +112,14 @@ def augment(
     label = label.resize(scaled, Image.Resampling.NEAREST).crop(box)
     if draw.random() < 0.5:
         image, label = ImageOps.mirror(image), ImageOps.mirror(label)
+    return jitter(image, draw), label
+
+
+def jitter(image: Image.Image, draw: random.Random) -> Image.Image:
+    """Modest changes of brightness, contrast and colour."""
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(draw.uniform(0.6, 1.4))
-    return image, label
+    return image
 
 
 def normalise(image: Image.Image) -> Tensor:

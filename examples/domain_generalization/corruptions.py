@@ -7,18 +7,17 @@ import os
 import numpy as np
 from PIL import Image
 
+from domain_generalization.domains import KINDS
+
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
-
-STRENGTHS = (0, 1, 2)
-KINDS = ("fog", "night", "rain", "snow", "motion blur", "noise", "brightness", "contrast")
 
 
 def corruption(kind: str, strength: int) -> list[A.ImageOnlyTransform]:
     """The transforms of one corruption.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `domains.KINDS`.
         strength: 0, 1 or 2.
     """
 

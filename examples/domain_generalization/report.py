@@ -13,7 +13,7 @@ from typing import Any
 Record = dict[str, Any]
 
 SOURCE_SIDE = ("val", "in-domain")
-CLEAN = ("day", "dusk")
+THIN = ("pole", "sign", "fence", "pedestrian", "bicyclist")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -23,32 +23,62 @@ def read(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def unseen(record: Record) -> dict[str, float]:
-    """The mIoU of each unseen target."""
-    return {name: value for name, value in record["miou"].items() if name not in SOURCE_SIDE}
+def by_target(record: Record, figure: str) -> dict[str, float]:
+    """A figure of each unseen target that has it: "miou", "boundary", "scatter", or "thin", the mean IoU of `THIN`."""
+    values: dict[str, float] = record.get(figure, {})
+    if figure == "thin":
+        thin = {name: [value for key, value in iou.items() if key in THIN] for name, iou in record["iou"].items()}
+        values = {name: mean(found) for name, found in thin.items() if found}
+    return {name: value for name, value in values.items() if name not in SOURCE_SIDE}
+
+
+def clean(values: dict[str, float]) -> dict[str, float]:
+    """Those of the clean sets."""
+    return {name: value for name, value in values.items() if "," not in name}
+
+
+def corrupted(values: dict[str, float]) -> dict[str, float]:
+    """By corruption: the mean over the sets."""
+    kinds: dict[str, list[float]] = {}
+    for name, value in values.items():
+        if "," in name:
+            kinds.setdefault(name.partition(", ")[2], []).append(value)
+    return {kind: mean(found) for kind, found in kinds.items()}
 
 
 def score(record: Record, of: str) -> float:
-    """One figure of a run: "unseen" (mean of all targets), "clean", "corrupted", "in-domain" or a target's name."""
-    targets = unseen(record)
+    """One figure of a run.
+
+    Args:
+        record: of the run.
+        of: "clean", "corrupted", "unseen" (mean over the clean sets and the corruptions), "in-domain", all of them mIoU;
+            "thin", "boundary" or "scatter", on all that is unseen; or the name of a target or a corruption.
+    """
+    figure = of if of in ("thin", "boundary", "scatter") else "miou"
+    targets = by_target(record, figure)
+    parts = {"clean": clean(targets), "corrupted": corrupted(targets)}
     match of:
-        case "unseen":
-            return mean(targets.values())
-        case "clean":
-            return mean(value for name, value in targets.items() if name in CLEAN)
-        case "corrupted":
-            return mean(value for name, value in targets.items() if name not in CLEAN)
+        case "clean" | "corrupted":
+            return mean(parts[of].values())
+        case "unseen" | "thin" | "boundary" | "scatter":
+            return mean([*parts["clean"].values(), *parts["corrupted"].values()])
         case "in-domain":
             return float(record["miou"].get("in-domain", record["miou"]["val"]))
-    return float(record["miou"][of])
+    return float((record["miou"] | parts["corrupted"])[of])
 
 
 def by_seed(records: Iterable[Record], of: str) -> dict[int, float]:
     return {record["settings"]["seed"]: score(record, of) for record in records}
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
+def average(records: Iterable[Record], of: str) -> float:
+    """Mean over seeds."""
+    return mean(by_seed(records, of).values())
+
+
+def spread(records: Iterable[Record], of: str) -> str:
+    """Mean and standard deviation over seeds."""
+    values = list(by_seed(records, of).values())
     return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{mean(values):.2f}"
 
 

@@ -1,18 +1,21 @@
-"""The tables and the plot of the docs, from the files of results."""
+"""The tables of the docs, from the files of results of one scale."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
 
 from domain_generalization import report
 from domain_generalization.domains import SOURCES
-from domain_generalization.plan import FILES, VARIANTS
+from domain_generalization.plan import ABLATIONS, FILES, FOUND_AT_SMALL, SCALES
+from domain_generalization.plot import plot
 from domain_generalization.report import Record
+from domain_generalization.variants import AFTERWARDS, ALIGNMENTS, AS_TRAINED, CONTROLS, WITHOUT
 
 OURS = "mgfc"
+OURS_VARIANT = AS_TRAINED  # what mgfc's row of every table is
 TITLES = {
     "frozen": "head on the frozen backbone",
     "full": "full fine-tuning",
@@ -27,35 +30,45 @@ TITLES = {
     "mgfc": "**mgfc**",
     "mgfc_lora": "mgfc, with LoRA on attention",
 }
-COLUMNS = ("in-domain", "clean", "corrupted", "unseen")
+FIGURES = ("in-domain", "clean", "corrupted", "unseen", "thin", "boundary", "scatter")
+LEADS = ("in-domain", "clean", "corrupted", "unseen", "thin", "boundary")
 Groups = Mapping[str, Sequence[Record]]
 
 
-def select(records: Iterable[Record], size: tuple[int, int], source: str) -> list[Record]:
-    """Runs at one scale, told by the size of its images, from one source."""
-    return [r for r in records if tuple(r["settings"]["size"]) == size and r["settings"]["source"] == source]
+class Runs:
+    """Records of one scale from one source, without methods that have fewer seeds."""
+
+    def __init__(self, records: Iterable[Record], min_seeds: int) -> None:
+        self.records, self.min_seeds = list(records), min_seeds
+
+    def of(self, method: str, variant: str, options: Mapping[str, object] | None = None) -> list[Record]:
+        """Runs of a method in one variant, with the learning rate of its last run."""
+        runs = [r for r in self.records if r["settings"]["method"] == method and r["settings"]["options"] == (options or {})]
+        runs = [r for r in runs if r["settings"]["lr"] == runs[-1]["settings"]["lr"] and r["variant"] == variant]
+        return runs if len({r["settings"]["seed"] for r in runs}) >= self.min_seeds else []
+
+    def ours(self) -> list[Record]:
+        return self.of(OURS, OURS_VARIANT)
+
+    def by_method(self, variant: str = AS_TRAINED) -> dict[str, list[Record]]:
+        """Runs of each method in one variant, from the worst to the best on unseen targets; ours in its own variant."""
+        found = {m: self.ours() if m == OURS else self.of(m, variant) for m in TITLES}
+        return dict(sorted(((m, r) for m, r in found.items() if r), key=lambda item: report.average(item[1], "unseen")))
+
+    def best_of(self, method: str, variants: Iterable[str]) -> tuple[str, list[Record]]:
+        """The variant with the highest mean on unseen targets, and its runs."""
+        found = [(name, runs) for name in variants if (runs := self.of(method, name))]
+        return max(found, key=lambda item: report.average(item[1], "unseen"), default=("", []))
 
 
-def by_method(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Runs of each method in its default form, with the learning rate of its last run."""
-    plain = [r for r in records if not r["settings"]["options"]]
-    lr = {r["settings"]["method"]: r["settings"]["lr"] for r in plain}
-    last = [r for r in plain if r["settings"]["lr"] == lr[r["settings"]["method"]]]
-    found = {method: [r for r in last if r["settings"]["method"] == method] for method in TITLES}
-    return {method: runs for method, runs in found.items() if runs}
-
-
-def variants(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Runs of our method in its default form and in each variant of the ablation."""
-    ours = [r for r in records if r["settings"]["method"] == OURS]
-    forms = {"default": {}, **VARIANTS}
-    found = {title: [r for r in ours if r["settings"]["options"] == options] for title, options in forms.items()}
-    return {title: runs for title, runs in found.items() if runs}
-
-
-def figures(runs: Sequence[Record]) -> list[str]:
-    """Means and spreads over seeds, in the order of `COLUMNS`."""
-    return [report.spread(list(report.by_seed(runs, of).values())) for of in COLUMNS]
+def gather(results: Path, scale: str, suite: str, min_seeds: int = 1) -> dict[str, Runs]:
+    """Test runs at one scale by source, in the order of `SOURCES`; what was made with another budget is left out."""
+    budget = {name: list(value) if isinstance(value, tuple) else value for name, value in SCALES[scale].items()}
+    budget |= {"split": "val"} if suite == "cost" else {"split": "test"}
+    compared = budget.keys() - ({"steps"} if suite == "cost" else set())
+    records = [r for r in report.read(results / scale / FILES[suite]) if all(r["settings"][k] == budget[k] for k in compared)]
+    found = {source: [r for r in records if r["settings"]["source"] == source] for source in SOURCES}
+    return {source: Runs(of_source, min_seeds) for source, of_source in found.items() if of_source}
 
 
 def paired(ours: Sequence[Record], theirs: Sequence[Record], of: str = "unseen") -> str:
@@ -64,148 +77,160 @@ def paired(ours: Sequence[Record], theirs: Sequence[Record], of: str = "unseen")
     return str(report.difference(first, second)) if first.keys() & second.keys() and ours is not theirs else ""
 
 
-def cost(runs: Sequence[Record]) -> list[str]:
-    """Trained parameters, and the median seconds a step and peak memory."""
-    seconds, peak = (median(run[key] for run in runs) for key in ("seconds_per_step", "peak_memory_mib"))
-    return [f"{runs[0]['parameters']:,}", f"{seconds:.2f}", f"{peak:.0f}"]
+def rate(method: str, runs: Sequence[Record]) -> str:
+    """The learning rate, with a mark where it was found at another scale."""
+    return f"{runs[0]['settings']['lr']:g}" + (" *" if FOUND_AT_SMALL.get(method) else "")
 
 
-def ranked(groups: Groups) -> list[str]:
-    """Methods from the worst to the best on unseen targets."""
-    return sorted(groups, key=lambda method: mean(report.by_seed(groups[method], "unseen").values()))
-
-
-def peers_table(groups: Groups) -> str:
-    """A row a method, from the worst to the best: learning rate, mIoU, and mgfc's paired lead over it."""
-    rows = []
-    for method in ranked(groups):
-        runs = groups[method]
-        leads = [paired(groups.get(OURS, []), runs, of) for of in ("in-domain", "unseen")]
-        rows.append([TITLES[method], f"{runs[0]['settings']['lr']:g}", str(len(runs)), *figures(runs), *leads])
-    header = ["method", "learning rate", "seeds", *COLUMNS, "mgfc's lead, in-domain", "mgfc's lead, unseen"]
+def peers_table(runs: Runs) -> str:
+    """A row a method as it was trained, from the worst to the best, and our paired lead over it."""
+    ours, rows = runs.ours(), []
+    for method, found in runs.by_method().items():
+        figures = [report.spread(found, of) for of in FIGURES]
+        leads = [paired(ours, found, of) if method != OURS else "" for of in ("in-domain", "unseen")]
+        rows.append([TITLES[method], rate(method, found), str(len(found)), *figures, *leads])
+    header = ["method", "learning rate", "seeds", *FIGURES, "mgfc's lead, in-domain", "mgfc's lead, unseen"]
     return report.markdown(header, rows)
 
 
-def cost_table(groups: Groups) -> str:
-    """A row a method: trained parameters, seconds a step, peak memory."""
-    rows = [[TITLES[method], *cost(runs)] for method, runs in groups.items()]
-    return report.markdown(["method", "trained parameters", "s / step", "peak MiB"], rows)
+def controls_table(runs: Runs) -> str:
+    """A row a method: unseen mIoU of each variant of the same trained models."""
+    names = (AS_TRAINED, *CONTROLS, *ALIGNMENTS, AFTERWARDS)
+    names = tuple(name for name in names if any(runs.of(method, name) for method in TITLES))
+    rows = []
+    for method in runs.by_method():
+        found = [runs.of(method, name) for name in names]
+        rows.append([TITLES[method], *(report.spread(of_variant, "unseen") if of_variant else "" for of_variant in found)])
+    return report.markdown(["unseen mIoU", *names], rows)
 
 
-def targets_table(groups: Groups) -> str:
-    """A row a method: mean mIoU of each set."""
-    names = list(next(iter(groups.values()))[0]["miou"])
-    rows = [[TITLES[m], *(f"{mean(run['miou'][name] for run in groups[m]):.1f}" for name in names)] for m in ranked(groups)]
+def leads_table(runs: Runs) -> str:
+    """Our paired lead over the best peer: as trained, with its best control, alignment, and with our calibration on it."""
+    forms = {
+        "as trained": (AS_TRAINED,),
+        "with its best input control": (AS_TRAINED, *CONTROLS),
+        "with its best test-time alignment": ALIGNMENTS,
+        "with mgfc's calibration on it": (AFTERWARDS,),
+    }
+    ours, rows = runs.ours(), []
+    for title, names in forms.items():
+        peers = {method: runs.best_of(method, names) for method in TITLES if not method.startswith(OURS)}
+        peers = {method: found for method, found in peers.items() if found[1]}
+        if not peers or not ours:
+            continue
+        method = max(peers, key=lambda m: report.average(peers[m][1], "unseen"))
+        name, found = peers[method]
+        row = [title, f"{TITLES[method]}, {name}", report.spread(found, "unseen")]
+        rows.append([*row, *(paired(ours, found, of) for of in LEADS)])
+    return report.markdown(["best peer", "which", "unseen", *(f"mgfc's lead, {of}" for of in LEADS)], rows)
+
+
+def targets_table(runs: Runs) -> str:
+    """A row a method as it was trained: mean mIoU of each clean set and each corruption."""
+    groups = runs.by_method()
+    first = report.by_target(next(iter(groups.values()))[0], "miou")
+    names = ["in-domain", *report.clean(first), *report.corrupted(first)]
+    rows = [[TITLES[m], *(f"{report.average(groups[m], name):.1f}" for name in names)] for m in groups]
     return report.markdown(["method", *names], rows)
 
 
-def classes_table(groups: Groups, target: str) -> str:
-    """A row a method: mean IoU of each class on one target."""
+def classes_table(runs: Runs, target: str) -> str:
+    """A row a method as it was trained: mean IoU of each class on one target."""
+    groups = runs.by_method()
     names = list(next(iter(groups.values()))[0]["iou"][target])
-    rows = [[TITLES[m], *(f"{mean(r['iou'][target][name] for r in groups[m]):.1f}" for name in names)] for m in ranked(groups)]
+    rows = [[TITLES[m], *(f"{mean(r['iou'][target][name] for r in groups[m]):.1f}" for name in names)] for m in groups]
     return report.markdown([f"IoU, {target}", *names], rows)
 
 
-def ablation_table(forms: Groups) -> str:
-    """A row a variant: mIoU, and what the change costs or gains, paired with the default."""
+def ablation_table(runs: Runs) -> str:
+    """A row a variant of ours: what evaluation decides, then what training does; each paired with the default."""
+    base = runs.ours()
+    forms = {name: runs.of(OURS, name) for name in WITHOUT}
+    forms |= {title: runs.of(OURS, AS_TRAINED, options) for title, options in ABLATIONS.items()}
     rows = []
-    for title, runs in forms.items():
-        base = forms["default"]
-        changes = [paired(runs, base, of) for of in ("in-domain", "unseen")]
-        rows.append([title, str(len(runs)), f"{runs[0]['parameters']:,}", *figures(runs), *changes])
-    header = ["variant", "seeds", "trained parameters", *COLUMNS, "change, in-domain", "change, unseen"]
+    for title, found in {"default": base, **forms}.items():
+        if found:
+            changes = [paired(found, base, of) for of in LEADS]
+            rows.append([title, str(len(found)), f"{found[0]['parameters']:,}", report.spread(found, "unseen"), *changes])
+    return report.markdown(["variant", "seeds", "trained parameters", "unseen", *(f"change, {of}" for of in LEADS)], rows)
+
+
+def summary_table(by_source: Mapping[str, Runs]) -> str:
+    """A row a method that has runs from every source: trained parameters, unseen mIoU with its best control, our lead."""
+    sources = list(by_source.values())
+    rows = []
+    for method, found in sources[0].by_method().items():
+        if not all(runs.of(method, AS_TRAINED) for runs in sources):
+            continue
+        row = [TITLES[method], f"{found[0]['parameters']:,}"]
+        for runs in sources:
+            controlled = runs.ours() if method == OURS else runs.best_of(method, (AS_TRAINED, *CONTROLS))[1]
+            plain = runs.by_method()[method]
+            leads = [paired(runs.ours(), other) if method != OURS else "" for other in (plain, controlled)]
+            row += [report.spread(plain, "unseen"), leads[0], report.spread(controlled, "unseen"), leads[1]]
+        rows.append(row)
+    columns = ("as trained", "mgfc's lead", "with its best input control", "mgfc's lead")
+    return report.markdown(["method", "trained parameters", *(f"{name}, {c}" for name in by_source for c in columns)], rows)
+
+
+def typical(runs: Sequence[Record], figure: str) -> float:
+    """Median over runs."""
+    return median(run[figure] for run in runs) if runs else math.nan
+
+
+def cost_table(runs: Runs) -> str:
+    """A row a method: trained parameters, seconds a step, peak memory, and what variants cost an image."""
+    rows = []
+    for method in TITLES:
+        if plain := runs.of(method, AS_TRAINED):
+            step, peak = typical(plain, "seconds_per_step"), typical(plain, "peak_memory_mib")
+            image, after = (1000 * typical(runs.of(method, v), "seconds_per_image") for v in (AS_TRAINED, AFTERWARDS))
+            controls = [1000 * typical(runs.of(method, name), "control_seconds_per_image") for name in CONTROLS]
+            figures = [f"{plain[0]['parameters']:,}", f"{step:.2f}", f"{peak:.0f}"]
+            rows.append([TITLES[method], *figures, *(f"{value:.1f}" for value in (image, after, *controls))])
+    controls = [f"{name}, ms / image" for name in CONTROLS]
+    header = ["method", "trained parameters", "s / step", "peak MiB", "ms / image", "ms / image, calibrated", *controls]
     return report.markdown(header, rows)
 
 
-def summary_table(by_source: Mapping[str, Groups]) -> str:
-    """A row a method that has runs from every source: trained parameters, unseen mIoU and our lead."""
-    first = next(iter(by_source.values()))
-    rows = []
-    for method in ranked(first):
-        if not all(method in groups for groups in by_source.values()):
-            continue
-        row = [TITLES[method], f"{first[method][0]['parameters']:,}"]
-        for groups in by_source.values():
-            row += [report.spread(list(report.by_seed(groups[method], "unseen").values()))]
-            row += [paired(groups.get(OURS, []), groups[method])]
-        rows.append(row)
-    columns = [name for source in by_source for name in (f"from {source}", "mgfc's lead")]
-    return report.markdown(["method", "trained parameters", *columns], rows)
-
-
-def protocol(records: Sequence[Record]) -> str:
+def protocol(runs: Runs, scale: str) -> str:
     """How the runs of a table were made."""
-    first = records[0]
-    s = first["settings"]
-    images = "all images of each set" if s["count"] is None else f"{s['count']} images of each clean set"
+    s, first = SCALES[scale], runs.records[0]
+    machines = sorted({run["machine"] for run in runs.records})
     return (
         f"{s['steps']} steps of {s['batch_size']} crops of {s['crop'][0]} x {s['crop'][1]} from images of "
-        f"{s['size'][0]} x {s['size'][1]}; {images}; {first['machine']}; torch {first['torch']}."
+        f"{s['size'][0]} x {s['size'][1]}; {s['count']} images of each clean set; {', '.join(machines)}; "
+        f"torch {first['torch']}. A learning rate with * was found at the scale `small`, all others at `medium`."
     )
 
 
-def plot(groups_by_source: Mapping[str, Groups], path: Path) -> None:
-    """Unseen mIoU against trained parameters, a panel a source; the same bytes for the same results."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "mgfc"
-    shape = {"figsize": (4 * len(groups_by_source) + 3, 3.6), "layout": "constrained", "squeeze": False}
-    looks = {method: {"marker": marker} for method, marker in zip(TITLES, "osv^<>DPXhdp*", strict=False)}
-    looks[OURS] |= {"color": "black", "markersize": 9}
-    figure, panels = plt.subplots(1, len(groups_by_source), **shape)
-    for panel, (source, groups) in zip(panels[0], groups_by_source.items(), strict=True):
-        for method, runs in groups.items():
-            values = list(report.by_seed(runs, "unseen").values())
-            place = max(runs[0]["parameters"], 1e4), mean(values)
-            spread = [[place[1] - min(values)], [max(values) - place[1]]]
-            panel.errorbar(*place, yerr=spread, linestyle="none", label=TITLES[method].strip("*"), **looks[method])
-        panel.set(xscale="log", ylabel="mean unseen mIoU", title=f"trained on {source}")
-        panel.set_xlabel("trained parameters (none: at the left edge)")
-    names: dict[str, Any] = {}
-    for panel in panels[0]:
-        names |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(names.values(), names, loc="outside right center", fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
-
-
-def gather(results: Path, size: tuple[int, int], suite: str = "peers") -> dict[str, list[Record]]:
-    """Runs at one scale by source, in the order of `SOURCES`."""
-    records = report.read(results / FILES[suite])
-    found = {source: select(records, size, source) for source in SOURCES}
-    return {source: runs for source, runs in found.items() if runs}
-
-
-def enough(groups: Groups, min_seeds: int) -> dict[str, Sequence[Record]]:
-    """Rows with at least so many seeds."""
-    return {name: runs for name, runs in groups.items() if len(runs) >= min_seeds}
-
-
-def sections(results: Path, size: tuple[int, int], min_seeds: int = 1) -> dict[str, str]:
+def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
     """Every table of one scale in Markdown, by name, without rows of fewer seeds.
 
     Raises:
         SystemExit: if no run was made at this scale.
     """
-    runs = gather(results, size)
-    if not runs:
-        raise SystemExit(f"No runs of {size[0]} x {size[1]} images in {results / 'runs.jsonl'}: run the suite `peers` first.")
-    groups = {source: enough(by_method(found), min_seeds) for source, found in runs.items()}
-    parts = {"summary": summary_table(groups), "protocol": protocol(next(iter(runs.values())))}
-    for short in gather(results, size, "cost").values():
-        parts["cost"] = cost_table(by_method(short))
-    for source, found in groups.items():
-        parts[f"{source} peers"] = peers_table(found)
-        parts[f"{source} targets"] = targets_table(found)
-        parts[f"{source} classes"] = classes_table(found, "dusk")
-        forms = enough(variants(runs[source]), min_seeds)
-        if "default" in forms:
-            parts[f"{source} ablations"] = ablation_table(forms)
+    by_source = {source: runs for source, runs in gather(results, scale, "peers", min_seeds).items() if runs.by_method()}
+    if not by_source:
+        raise SystemExit(f"No runs at the scale {scale!r} in {results / scale}: run the suite `peers` first.")
+    parts = {"summary": summary_table(by_source), "protocol": protocol(next(iter(by_source.values())), scale)}
+    for runs in gather(results, scale, "cost").values():
+        parts["cost"] = cost_table(runs)
+    for source, runs in by_source.items():
+        parts[f"{source} peers"] = peers_table(runs)
+        parts[f"{source} controls"] = controls_table(runs)
+        parts[f"{source} leads"] = leads_table(runs)
+        parts[f"{source} targets"] = targets_table(runs)
+        parts[f"{source} classes"] = classes_table(runs, "dusk")
+        if runs.ours():
+            parts[f"{source} ablations"] = ablation_table(runs)
     return parts
 
 
-def show(results: Path, size: tuple[int, int], draw: Path | None) -> None:
+def show(results: Path, scale: str, draw: Path | None) -> None:
     """Prints the tables of one scale; draws the plot if there is a path for it."""
-    for name, text in sections(results, size).items():
+    for name, text in sections(results, scale).items():
         print(f"## {name}\n\n{text}\n")
     if draw is not None:
-        plot({source: by_method(found) for source, found in gather(results, size).items()}, draw)
+        by_source = gather(results, scale, "peers")
+        plot({source: runs.by_method() for source, runs in by_source.items()}, TITLES, draw)
