@@ -101,7 +101,7 @@ def compare(own: Bench, bare: Bench, args: argparse.Namespace) -> dict[str, Any]
     for bench in (own, bare):
         bench.prepare(args.warm_ups, kernel_times=not args.gate)
     with measures.turn(args.gate):
-        for bench in (own, bare) if args.gate else ():
+        for bench in (own, bare) * args.warm_ups if args.gate else ():
             bench.run()
         found = measures.pairs(bare.run, own.run, own.device, args.repetitions, args.budget)
     statics = own.static | {f"bare_{name}": value for name, value in bare.static.items()}

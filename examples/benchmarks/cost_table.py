@@ -55,7 +55,11 @@ def groups(records: Iterable[Record], without: str = "") -> dict[str, list[Recor
 
 def title(record: Record, without: str = "") -> str:
     case, machine = record["case"], record["machine"]
-    threads = f", {machine['threads']} thread{'s' * (machine['threads'] > 1)}" if "threads" in machine else ""
+    threads = (
+        f", {machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['clock']} time"
+        if "threads" in machine
+        else ""
+    )
     parts = {
         "figure": "training step" if case["figure"] == "training" else "inference",
         "model": f"ViT-{case['model']}/14",

@@ -23,9 +23,11 @@ model=${MODEL:-L}
 total=${TOTAL:-$([ $short ] && echo 145 || echo 465)}
 log=$out/gpu.log
 gate=$(mktemp -d)
+pids=
 common="--device $device --json $out/cost.jsonl --warm-ups 4 --models $model"
 if [ "$device" = cpu ]; then common="$common --warm-ups 1 --sizes 70x70 --token-sizes 70x70 140x140 210x210 280x280"; fi
 bench="$root/examples/benchmarks/cost.py"
+compiled=${COMPILED:-bare mgfc mgfc_fused lora dora rein adaptformer}
 main="bare mgfc mgfc_fused lora lora_merged dora rein adaptformer"
 
 left() { echo $((total - (SECONDS - start))); }
@@ -36,22 +38,26 @@ cost() {
     shift
     local limit=$(($(left) - keep))
     [ $limit -gt 5 ] || { say "no time for: $*"; return; }
-    for group in "$@"; do words="$words ${words:+--next} $common --deadline $limit $group"; done
+    local end=$(($(date +%s) + limit))
+    for group in "$@"; do words="$words ${words:+--next} $common --deadline $end $group"; done
     # shellcheck disable=SC2086
     timeout -k 2 $((limit + 3)) "$python" "$bench" $words 2>&1 | tee -a "$log" | grep -E ' s  |time is up|Error'
 }
-# compile FIGURE PRECISION BATCHES CONTENDERS: each in the background, with $waiting more members at the gate.
+# compile SECONDS FIGURE PRECISION BATCHES CONTENDERS: each in the background, with $waiting more members at the gate.
 compile() {
-    local count=0 name batch workers="" limit
+    local count=0 name batch workers="" limit end
     limit=$(($(left) - 4))
+    [ $limit -lt "$1" ] || limit=$1
+    [ $limit -gt 25 ] || { say "no time to compile $2"; return; }
+    end=$(($(date +%s) + limit))
     rm -f "$gate"/*
-    for batch in $3; do for name in $4; do count=$((count + 1)); done; done
-    for batch in $3; do
-        for name in $4; do
+    for batch in $4; do for name in $5; do count=$((count + 1)); done; done
+    for batch in $4; do
+        for name in $5; do
             # shellcheck disable=SC2086
-            timeout -k 2 $limit "$python" "$bench" $common --figures "$1" --precisions "$2" --batches "$batch" --modes compiled \
-                --contenders "$name" --repetitions 30 --budget 3 --timeout $((limit - 2)) --deadline $limit \
-                --gate "$gate" $((count + waiting)) $((limit - 12 > 5 ? limit - 12 : 5)) >>"$log" 2>&1 &
+            timeout -k 2 $limit "$python" "$bench" $common --figures "$2" --precisions "$3" --batches "$batch" --modes compiled \
+                --contenders "$name" --repetitions 30 --budget 3 --deadline $end \
+                --gate "$gate" $((count + waiting)) $((end - 20)) >>"$log" 2>&1 &
             workers="$workers $!"
         done
     done
@@ -63,10 +69,10 @@ eager="--figures inference --precisions bf16 --batches 1 8 --repetitions 30 --bu
 growth="--figures tokens --precisions bf16 --batches 8 --repetitions 15 --budget 1.5 --contenders mgfc mgfc_fused lora"
 training="--figures training --precisions autocast --batches 8 --repetitions 10 --budget 2.5 --contenders mgfc lora rein dora full"
 if [ $short ]; then
-    cost 80 "$eager" "$growth"
+    cost 80 "$eager"
     waiting=1
-    compile inference bf16 "1 8" "bare mgfc mgfc_fused lora dora rein adaptformer"
-    cost 35 "$training"
+    compile 600 inference bf16 "1 8" "$compiled"
+    cost 35 "$training" "$growth"
     touch "$gate/training"
     say "waiting for what compiles"
     wait $pids
@@ -74,7 +80,7 @@ else
     cost 300 "$eager" "$growth" "$training vpt adaptformer mgfc_last4 mgfc_adapter"
     waiting=0
     say "compiling inference"
-    compile inference bf16 "1 8" "bare mgfc mgfc_fused lora dora rein adaptformer"
+    compile 130 inference bf16 "1 8" "$compiled"
     wait $pids
     stages="mgfc mgfc_fused mgfc_adapter mgfc_coarse mgfc_medium mgfc_fine mgfc_last4 vpt"
     cost 110 \
@@ -85,7 +91,7 @@ else
         "--models S B --figures inference --precisions bf16 --batches 1 8 --repetitions 20 --budget 1 --contenders $main" \
         "--models S B $training"
     say "compiling training steps"
-    compile training autocast 8 "mgfc lora rein full"
+    compile 600 training autocast 8 "mgfc lora rein full"
     wait $pids
 fi
 "$python" "$bench" --json "$out/cost.jsonl" --table >"$out/cost.md" 2>>"$log"

@@ -24,6 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 
 Run = Callable[[], None]
 aten = torch.ops.aten
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = "wall"
 _START = time.monotonic()
 
 
@@ -49,12 +51,19 @@ def elapsed() -> float:
     return time.monotonic() - _START
 
 
+def set_clock(name: str) -> None:
+    """Of a CPU. "cpu" counts the time of this process alone: with one thread, that of a machine without others."""
+    global _clock
+    _clock = name
+
+
 def seconds(run: Run, device: torch.device) -> float:
     """Of one run, from an idle device until its result is there: by events on a GPU."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        clock = CLOCKS[_clock]
+        start = clock()
         run()
-        return time.perf_counter() - start
+        return clock() - start
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -199,15 +208,15 @@ def turn(gate: Sequence[str] | None) -> Iterator[None]:
     """Within it, this process measures alone. It begins once others have compiled, too.
 
     Args:
-        gate: a folder; how many files it holds once all are ready, of which this process adds one; and for how many
-            seconds after its start it waits for the others. None for no gate.
+        gate: a folder; how many files it holds once all are ready, of which this process adds one; and the time of the
+            clock until which it waits for the others. None for no gate.
     """
     if gate is None:
         yield
         return
     arrive(gate)
-    while len(list(Path(gate[0]).iterdir())) < int(gate[1]) and elapsed() < float(gate[2]):
+    while len(list(Path(gate[0]).iterdir())) < int(gate[1]) and time.time() < float(gate[2]):
         time.sleep(0.1)
-    with Path(gate[0]).with_suffix(".lock").open("w") as lock:
+    with Path(gate[0] + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
