@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -16,7 +18,9 @@ sys.path.append(str(BENCHMARKS))
 
 import cost  # noqa: E402
 import measures  # noqa: E402
+from contenders import build_backbone, lora, merge  # noqa: E402
 from cost_table import exponent  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 TINY = ["--device", "cpu", "--models", "T", "--sizes", "28x42", "--repetitions", "3", "--budget", "1"]
 
@@ -64,6 +68,16 @@ def test_merged_lora_is_the_bare_backbone_and_a_line_cut_off_is_none(results: Pa
         assert record[name] == record[f"bare_{name}"], name
 
 
+def test_lora_adapts_every_linear_layer_of_the_blocks() -> None:
+    vit = build_backbone("T", 2, "cpu")
+    linears = sum(isinstance(module, torch.nn.Linear) for module in vit.encoder.modules())
+    adapted = copy.deepcopy(vit)
+    lora(adapted)
+    assert sum(isinstance(module, BaseTunerLayer) for module in adapted.encoder.modules()) == linears == 2 * 6
+    merge(adapted)
+    assert str(adapted) == str(vit)
+
+
 def test_what_this_version_lacks_is_not_available(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mgfc import Calibration
 
@@ -86,8 +100,6 @@ def test_growth() -> None:
 
 
 def test_counts_attention_on_a_cpu() -> None:
-    import torch
-
     q = torch.randn(1, 2, 16, 8)
     counts = measures.count(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
     assert counts["flops"] == 2 * 2 * 2 * 16 * 16 * 8

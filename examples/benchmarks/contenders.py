@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,6 +56,18 @@ def mgfc_late(vit: nn.Module) -> None:
     wrap_backbone(vit, MGFCConfig(layers="last:4"))
 
 
+def lora(vit: nn.Module, rank: int = 8, **options: bool) -> None:
+    """LoRA on every linear layer of the blocks, by `peft`; their names differ between versions of Transformers."""
+    linears = {name.rsplit(".")[-1] for name, layer in vit.encoder.named_modules() if isinstance(layer, nn.Linear)}
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(linears), **options)
+    inject_adapter_in_model(config, vit)
+
+
+def dora(vit: nn.Module) -> None:
+    """DoRA on the same layers."""
+    lora(vit, use_dora=True)
+
+
 def fuse(vit: nn.Module) -> None:
     """Puts mgfc's adapter into the frozen weights, where this version of mgfc can."""
     calibration = vit.calibration
@@ -94,9 +107,9 @@ CONTENDERS = {
     "bare": Contender(methods.frozen),
     "mgfc": Contender(mgfc),
     "mgfc_fused": Contender(mgfc, fuse, INFERENCE),
-    "lora": Contender(methods.lora_all),
-    "lora_merged": Contender(methods.lora_all, merge, INFERENCE),
-    "dora": Contender(methods.dora_all),
+    "lora": Contender(lora),
+    "lora_merged": Contender(lora, merge, INFERENCE),
+    "dora": Contender(dora),
     "rein": Contender(methods.rein),
     "adaptformer": Contender(methods.adaptformer),
     "vpt": Contender(methods.vpt_deep),
