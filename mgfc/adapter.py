@@ -183,6 +183,8 @@ def _build_layers(config: MGFCConfig, indices: tuple[int, ...], widths: Sequence
     in_medium, in_fine = chosen("medium", medium), chosen("fine", fine)
     layers: dict[str, nn.Module] = {}
     for index in indices:
+        if config.rank is None and index not in {*in_medium, *in_fine}:
+            continue
         dim = widths[index].dim
         layers[str(index)] = CalibLayer(
             dim,

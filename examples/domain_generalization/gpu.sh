@@ -24,8 +24,7 @@ slices() {
   case "$slice" in
     tuning) suite tuning --jobs "$jobs" ;;
     medium)
-      suite peers --jobs "$jobs"
-      suite ablations --jobs "$jobs"
+      suite tables --jobs "$jobs"
       "$python" -m domain_generalization table
       ;;
     full)

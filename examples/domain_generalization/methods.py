@@ -15,8 +15,15 @@ from domain_generalization.peers.rein import add_rein
 from domain_generalization.peers.vpt import add_prompts
 from mgfc import MGFCConfig, wrap_backbone
 
-ATTENTION = ["q_proj", "k_proj", "v_proj"]
-LINEARS = [*ATTENTION, "o_proj", "fc1", "fc2"]
+
+def linears(vit: nn.Module) -> list[str]:
+    """Names of the linear layers of all blocks."""
+    return [name for name, module in vit.named_modules() if name.startswith("encoder.") and isinstance(module, nn.Linear)]
+
+
+def attention(vit: nn.Module) -> list[str]:
+    """Names of the linear layers that make queries, keys and values, whose names differ between versions of Transformers."""
+    return [name for name in linears(vit) if name.rpartition(".")[2] in ("query", "key", "value", "q_proj", "k_proj", "v_proj")]
 
 
 def frozen(vit: nn.Module) -> None:
@@ -30,17 +37,17 @@ def full(vit: nn.Module) -> None:
 
 def lora_attention(vit: nn.Module, rank: int = 8) -> None:
     """LoRA on queries, keys and values (arXiv 2106.09685), by `peft`."""
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ATTENTION), vit)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=attention(vit)), vit)
 
 
 def lora_all(vit: nn.Module, rank: int = 8) -> None:
     """LoRA on every linear layer of the blocks, by `peft`."""
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS), vit)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears(vit)), vit)
 
 
 def dora_all(vit: nn.Module, rank: int = 8) -> None:
     """DoRA, weight-decomposed LoRA (arXiv 2402.09353), on every linear layer of the blocks, by `peft`."""
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, use_dora=True), vit)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears(vit), use_dora=True), vit)
 
 
 def soma(vit: nn.Module, rank: int = 8) -> None:
@@ -48,7 +55,7 @@ def soma(vit: nn.Module, rank: int = 8) -> None:
 
     The backbone's function is unchanged at first: W = (W - B A) + B A.
     """
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS), vit)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linears(vit)), vit)
     for layer in vit.modules():
         if hasattr(layer, "lora_A"):
             weight = layer.base_layer.weight.data

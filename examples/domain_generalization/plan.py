@@ -11,7 +11,7 @@ from typing import Any
 from domain_generalization.methods import METHODS
 from domain_generalization.report import read
 from domain_generalization.training import Settings
-from domain_generalization.variants import AS_TRAINED, variants
+from domain_generalization.variants import AFTERWARDS, AS_TRAINED, variants
 
 RESULTS = Path(__file__).parent / "results"
 SCALES: dict[str, dict[str, Any]] = {
@@ -26,8 +26,8 @@ ORDER = (*FIRST, *(method for method in METHODS if method not in (*FIRST, "mgfc_
 
 # Learning rates that the search may try, those that it begins with, and its seeds, which no table uses.
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-START = (1e-4, 3e-4, 1e-3)
-STARTS = {"full": (1e-5, 3e-5, 1e-4)}
+START = (3e-4, 1e-3, 3e-3)
+STARTS = {"full": (1e-5, 3e-5, 1e-4), "rein": (1e-3, 3e-3, 1e-2)}
 TUNING_SEEDS = (100, 101)
 SEARCHED_AT = "medium"
 # The others keep what the same search found at `small`.
@@ -45,9 +45,11 @@ COST_STEPS = 20
 
 # What is changed in mgfc's default configuration before training; what evaluation decides is in `variants`.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "trained without fine": {"fine": None},
-    "low-rank adapter alone": {"coarse": None, "medium": None, "fine": None},
+    "trained without randomised scenes": {"coarse": {"randomise": 0.0}},
+    "with the fine stage": {"fine": {}},
 }
+# Peers trained beside mgfc's calibration, which randomises their scenes, too.
+BESIDE = ("full", "dora_all", "lora_all", "rein")
 
 
 def searched(results: Path, method: str) -> Found:
@@ -110,11 +112,21 @@ def peers(args: argparse.Namespace) -> Iterator[Settings]:
 
 
 def ablations(args: argparse.Namespace) -> Iterator[Settings]:
-    """Every ablation of mgfc that training decides, from every source, a seed at a time."""
+    """Every ablation of mgfc that training decides, and peers beside its calibration, a seed at a time."""
     for seed in args.seeds:
         for source in args.sources:
             for options in ABLATIONS.values():
                 yield settings(args, "mgfc", source, seed, options)
+            for method in BESIDE:
+                yield settings(args, method, source, seed, {"calibrated": True})
+
+
+def tables(args: argparse.Namespace) -> Iterator[Settings]:
+    """The methods that matter most, the ablations, then the other methods: what the tables need, by importance."""
+    rest = [method for method in args.methods if method not in FIRST]
+    yield from peers(argparse.Namespace(**vars(args) | {"methods": [m for m in args.methods if m in FIRST]}))
+    yield from ablations(args)
+    yield from peers(argparse.Namespace(**vars(args) | {"methods": rest}))
 
 
 def settings(args: argparse.Namespace, method: str, source: str, seed: int, options: dict[str, Any] | None = None) -> Settings:
@@ -132,11 +144,15 @@ def cost(args: argparse.Namespace) -> Iterator[Settings]:
 
 def wanted(args: argparse.Namespace, made: Settings) -> tuple[str, ...]:
     """The variants that a suite scores of a run."""
-    if args.name == "tuning" or made.options:
+    if args.name == "tuning":
         return (AS_TRAINED,)
+    if made.options:
+        return (AS_TRAINED, AFTERWARDS)
+    if made.method not in FIRST:
+        return (AS_TRAINED, "input standardised", AFTERWARDS)
     return tuple(name for name in variants(made.method) if args.variants is None or name in args.variants)
 
 
-SUITES = {"tuning": tuning, "peers": peers, "ablations": ablations, "cost": cost}
+SUITES = {"tuning": tuning, "peers": peers, "ablations": ablations, "tables": tables, "cost": cost}
 # Where each suite's results are, in the folder of their scale.
-FILES = {"tuning": "tuning.jsonl", "peers": "runs.jsonl", "ablations": "runs.jsonl", "cost": "cost.jsonl"}
+FILES = dict.fromkeys(SUITES, "runs.jsonl") | {"tuning": "tuning.jsonl", "cost": "cost.jsonl"}

@@ -19,7 +19,7 @@ from domain_generalization.inputs import CONTROLS, control
 from domain_generalization.scenes import Scenes, read, read_training
 from domain_generalization.scoring import score
 from domain_generalization.training import Places, Settings, Trained, build, restored
-from mgfc import Calibration, get_calibration
+from mgfc import get_calibration
 
 AS_TRAINED = "as trained"
 ALIGNMENTS = ("feature statistics aligned", "classes aligned")
@@ -38,8 +38,7 @@ OBSERVED = 240
 def variants(method: str) -> tuple[str, ...]:
     """All that is scored of a method."""
     ours = tuple(WITHOUT) if method.startswith("mgfc") else ()
-    after = (AFTERWARDS,) if hasattr(Calibration, "observing") else ()
-    return (AS_TRAINED, *CONTROLS, *ALIGNMENTS, *after, *ours)
+    return (AS_TRAINED, *CONTROLS, *ALIGNMENTS, AFTERWARDS, *ours)
 
 
 def plain_model(settings: Settings, trained: Trained, places: Places) -> nn.Sequential:
@@ -60,13 +59,19 @@ def model_of(
         case "classes aligned":
             yield aligned_classes(plain, source().some(ALIGNED))
         case "calibrated after training":
-            model = restored(build(settings, places, calibrated=True), trained, statistics=False).eval()
-            calibrate(model, photographed_anew(source().some(OBSERVED), settings.seed))
-            yield model
+            yield calibrated(settings, trained, places, source().some(OBSERVED))
         case _ if variant in WITHOUT:
-            yield plain_model(replace(settings, options=settings.options | WITHOUT[variant]), trained, places)
+            changed = replace(settings, options=settings.options | WITHOUT[variant])
+            yield calibrated(changed, trained, places, source().some(OBSERVED))
         case _:
             yield plain
+
+
+def calibrated(settings: Settings, trained: Trained, places: Places, source: Scenes) -> nn.Sequential:
+    """The model as it was trained, with statistics of mgfc's calibration that were gathered afterwards."""
+    model = restored(build(settings, places, calibrated=True), trained, statistics=False).eval()
+    calibrate(model, photographed_anew(source, settings.seed))
+    return model
 
 
 def calibrate(model: nn.Sequential, source: Scenes) -> None:

@@ -38,7 +38,7 @@ class MediumCalib(SourceCalib):
     """
 
     USUAL = 1.0
-    CERTAIN_SHARE = 0.025
+    CERTAIN_SHARE = 0.1
 
     def __init__(self, dim: int, num_prototypes: int = 16, temperature: float = 0.05, strength: float = 1.0) -> None:
         super().__init__(strength)

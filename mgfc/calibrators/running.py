@@ -33,17 +33,17 @@ def as_one_batch(module: nn.Module) -> Iterator[None]:
 
 
 class RunningMean(nn.Module):
-    """The mean of what training images showed: plain at first, then exponential over batches, as in BatchNorm.
+    """The mean of what training images showed: plain at first, then exponential, as in BatchNorm.
 
     It is kept as a weighted sum and the sum of the weights. Whatever linear mixture of two states is taken, as moving
     averages of a model and merged adapters do, its mean is then the weighted mean of theirs, also if one is empty.
 
     Args:
         *shape: of the tensor that is averaged.
-        momentum: least weight of a new batch.
+        window: images after which a new one weighs as much as in a mean of so many.
 
     Attributes:
-        observing: whether values are added in eval mode, too, all images weighing the same.
+        observing: whether values are added in eval mode, too.
         held: where values are kept instead of being added; None to add them.
     """
 
@@ -52,9 +52,9 @@ class RunningMean(nn.Module):
     count: Tensor
     observed: Tensor
 
-    def __init__(self, *shape: int, momentum: float = 0.02) -> None:
+    def __init__(self, *shape: int, window: int = 200) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.window = window
         self.observing = False
         self.held: list[Tensor] | None = None
         self.register_buffer("total", torch.zeros(shape))
@@ -83,7 +83,7 @@ class RunningMean(nn.Module):
         return (self.weight > 0).to(self.weight.dtype)
 
     def start_observing(self) -> None:
-        """Forgets all values; from now on they are added in eval mode, too, all images weighing the same."""
+        """Forgets all values; from now on they are added in eval mode, too."""
         for buffer in self.buffers():
             buffer.zero_()
         self.observing = True
@@ -91,8 +91,6 @@ class RunningMean(nn.Module):
     def stop_observing(self) -> None:
         """Keeps the mean of what was added since `start_observing`."""
         self.observing = False
-        self.total.copy_(self.value)
-        self.weight.copy_(self.ready)
         self.observed.copy_(self.ready)
 
     def set(self, value: Tensor, count: float = 1) -> None:
@@ -116,11 +114,8 @@ class RunningMean(nn.Module):
         values = torch.where(finite.view(-1, *[1] * (values.ndim - 1)), values, 0).to(self.total.dtype)
         total, number = sum_over_processes(values.sum(dim=0)), sum_over_processes(finite.sum().to(self.total.dtype))
         self.count += number > 0
-        if self.observing:
-            self.total += total
-            self.weight += number
-        else:
-            share = (number > 0) * (1 / self.count.clamp_min(1)).clamp_min(self.momentum)
-            self.total += share * (total / number.clamp_min(1) - self.total)
-            self.weight += share * (1 - self.weight)
+        share = (number > 0) * torch.maximum(1 / self.count.clamp_min(1), number / self.window).clamp_max(1)
+        self.total += share * (total / number.clamp_min(1) - self.total)
+        self.weight += share * (1 - self.weight)
+        if not self.observing:
             self.observed.zero_()
