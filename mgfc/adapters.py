@@ -11,7 +11,7 @@ from torch import nn
 from mgfc.adapter import Adapter, average
 from mgfc.blocks import Active
 from mgfc.config import AdapterConfig
-from mgfc.errors import ConfigError
+from mgfc.errors import CalibrationError, ConfigError
 
 _PREFIX = "adapter_"
 
@@ -139,6 +139,7 @@ class Adapters(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within it, the backbone computes what it would without calibrators."""
+        self._require_unfused("disabling them")
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -158,7 +159,12 @@ class Adapters(nn.Module):
             adapter.requires_grad_(False)
 
     def _activate(self, name: str) -> None:
+        self._require_unfused("switching adapters")
         self.active_adapter, self.active.adapter = name, self.adapters[name]
+
+    def _require_unfused(self, what: str) -> None:
+        if self.active.fused:
+            raise CalibrationError(f"The low-rank adapters are fused into the weights. Call unfuse() before {what}.")
 
     def _check_new(self, name: str) -> None:
         if not isinstance(name, str) or not name or "." in name or name in self.adapters:

@@ -31,15 +31,20 @@ Keywords = dict[str, Any]
 
 
 class Active:
-    """The adapter that the hooks of one backbone run, and whether they run it.
+    """The adapter that the hooks of one backbone run, and how.
 
     Args:
         adapter: the active one.
+
+    Attributes:
+        enabled: whether they run it.
+        fused: whether its low-rank adapters are in the backbone's weights, and pass by here.
     """
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self.enabled = True
+        self.fused = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,11 @@ class BlockHooks:
         """After a linear layer that the feed-forward network begins with, whose output is these channels of H."""
         layer, tensor = self.layer, first_tensor(args, kwargs)
         if not isinstance(layer, CalibLayer) or layer.low_rank is None or tensor is None:
+            return None
+        if self.active.fused:
+            if layer.training and torch.is_grad_enabled():
+                raise CalibrationError("The low-rank adapters are fused into the weights. Call calibration.unfuse() to train.")
+            self.adapted = True
             return None
         try:
             tokens, moved = channels_last(tensor, layer.low_rank.down.shape[1])

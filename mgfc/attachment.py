@@ -1,0 +1,166 @@
+"""An adapter set on its backbone: hooks, frozen weights, a PEFT adapter beside, and all of it taken away again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from mgfc import fusing, peft
+from mgfc.adapter import Adapter
+from mgfc.adapters import Adapters
+from mgfc.backbones.description import max_extra_tokens, token_orders
+from mgfc.backbones.detection import Tower
+from mgfc.backbones.freezing import Frozen
+from mgfc.backbones.grid import GridTracker, stem_hooks
+from mgfc.backbones.tuners import tuner_layers, tuner_parameters
+from mgfc.blocks import BlockHooks
+from mgfc.errors import CalibrationError
+from mgfc.images import ImageHook
+
+T = TypeVar("T")
+
+
+class Attachment(Adapters):
+    """Adapters that are attached to a backbone, as a child of it and by hooks.
+
+    Args:
+        tower: the backbone.
+        adapter: the first adapter.
+        name: of the first adapter.
+
+    Attributes:
+        block_names: of the backbone's blocks.
+        blocks: their hooks.
+        images: the hook before the patch embedding.
+        has_peft: whether a PEFT adapter was injected with the calibrators, which is saved and removed with them.
+    """
+
+    def __init__(self, tower: Tower, adapter: Adapter, name: str = "default") -> None:
+        super().__init__(name, adapter, tower.root)
+        self.block_names = tower.blocks
+        self._tracker = GridTracker(max_extra_tokens(tower))
+        orders = enumerate(zip(tower.blocks, token_orders(tower), strict=True))
+        self.blocks = [BlockHooks(block, i, order, self._tracker, self.active) for i, (block, order) in orders]
+        self.images = ImageHook(self.active)
+        self._handles: list[Any] = []
+        self._frozen: Frozen | None = None
+        self._fused: list[tuple[nn.Parameter, Tensor]] = []
+        self.has_peft = False
+        self.peft_guard: nn.Module | None = None
+        self.train(tower.root.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        """Within a copy of the backbone, belongs to that copy; copied alone, holds the parameters and no backbone."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = dict(self.__dict__)
+        if id(state.get("_backbone")) not in memo:
+            state.pop("_backbone", None)
+            state |= {"_handles": [], "_frozen": None, "_fused": [], "blocks": []}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+        return twin
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The module that this calibration is attached to."""
+        if "_backbone" not in self.__dict__:
+            raise CalibrationError("This calibration is not attached to a backbone; wrap_backbone attaches it.")
+        return self.__dict__["_backbone"]  # type: ignore[no-any-return]
+
+    @property
+    def tower(self) -> Tower:
+        """The backbone and its blocks."""
+        return Tower(self.backbone, "", self.block_names)
+
+    def attach(self, tower: Tower, tuner: peft.Tuner | None = None, *, freeze: bool = True) -> None:
+        """Becomes a child of a backbone and registers the hooks; `wrap_backbone` calls it.
+
+        Args:
+            tower: the backbone.
+            tuner: a PEFT adapter to inject beside the calibrators.
+            freeze: freeze the backbone's parameters, except those of PEFT adapters in it, and its BatchNorm statistics.
+
+        Raises:
+            ConfigError, AdapterMismatchError: if PEFT refuses its adapter; the backbone is as it was.
+        """
+        if tuner is not None:
+            peft.inject(tower.root, *tuner)
+            self.has_peft = True
+        self.__dict__["_backbone"] = tower.root
+        self._handles = stem_hooks(tower.root, tower.blocks, self._tracker) + self.images.attach(tower)
+        # Also on blocks that the active adapter leaves out: hooks added after torch.compile are ignored.
+        for hooks in self.blocks:
+            self._handles += hooks.attach(tower.root)
+        if freeze:
+            self._frozen = Frozen(tower.root, tuner_parameters(tower.root))
+        tower.root.calibration = self
+
+    def detach(self) -> None:
+        """Removes itself, its hooks and its PEFT adapter from the backbone; `unwrap_backbone` calls it.
+
+        Where a PEFT adapter that others injected stays, the backbone stays frozen.
+        """
+        root = self.backbone
+        self.unfuse()
+        for handle in self._handles:
+            handle.remove()
+        if self.has_peft:
+            peft.eject(root)
+        if self._frozen is not None:
+            self._frozen.release(root, parameters=next(tuner_layers(root), None) is None)
+        del root.calibration, self.__dict__["_backbone"]
+
+    def forward(self, x: T) -> T:
+        """Returns its input: containers that run their children in order, as timm's `FeatureListNet`, pass through."""
+        return x
+
+    def train(self, mode: bool = True) -> Attachment:
+        """Sets the calibrators' mode; the frozen backbone's BatchNorm layers stay in eval mode whoever sets theirs.
+
+        Warns:
+            UserWarning: if PEFT, imported after the calibrators were attached, froze them.
+        """
+        super().train(mode)
+        if self._frozen is not None:
+            self._frozen.hold()
+        if self.peft_guard is None:
+            if mode and "_backbone" in self.__dict__ and peft.froze(self.adapter.parameters(), self.backbone):
+                warnings.warn(
+                    "The calibrators are frozen and would learn nothing: PEFT, imported after wrap_backbone, freezes all that "
+                    "it finds. Call calibration.set_adapter(calibration.active_adapter), or import peft before wrap_backbone.",
+                    stacklevel=2,
+                )
+            self.peft_guard = peft.guard()
+        return self
+
+    def fuse(self) -> None:
+        """Puts the active adapter's low-rank adapters into the backbone's weights, for inference: they then cost nothing.
+
+        Outputs stay the same up to rounding. What is saved is the adapter as it was. Train, switch or disable it after
+        `unfuse`. Calling it twice changes nothing.
+
+        Raises:
+            CalibrationError: if a weight is quantised, sharded or under an adapter of PEFT's; nothing is changed then.
+        """
+        if not self.active.fused:
+            self._fused = fusing.fuse(self.backbone, self.blocks, self.adapter)
+            self.active.fused = True
+
+    def unfuse(self) -> None:
+        """Gives the backbone's weights back what they were before `fuse`, to the bit."""
+        fusing.unfuse(self._fused)
+        self._fused, self.active.fused = [], False
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Within it, the low-rank adapters are fused, as by `fuse`."""
+        self.fuse()
+        try:
+            yield
+        finally:
+            self.unfuse()
