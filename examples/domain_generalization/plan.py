@@ -27,7 +27,7 @@ ORDER = (*FIRST, *(method for method in METHODS if method not in (*FIRST, "mgfc_
 # Learning rates that the search may try, those that it begins with, and its seeds, which no table uses.
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 START = (3e-4, 1e-3, 3e-3)
-STARTS = {"full": (1e-5, 3e-5, 1e-4), "rein": (1e-3, 3e-3, 1e-2)}
+STARTS = {"full": (1e-5, 3e-5, 1e-4), "rein": (3e-3, 1e-2, 3e-2)}
 TUNING_SEEDS = (100, 101)
 SEARCHED_AT = "medium"
 # The others keep what the same search found at `small`.
