@@ -96,7 +96,7 @@ class CoarseConfig(_Config):
     """
 
     strength: float = 1.0
-    randomise: float = 0.5
+    randomise: float = 0.0
     loss_weight: float = 0.0
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ COST_STEPS = 20
 
 # What is changed in mgfc's default configuration before training; what evaluation decides is in `variants`.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "trained without randomised scenes": {"coarse": {"randomise": 0.0}},
+    "with randomised scenes": {"coarse": {"randomise": 0.5}},
     "with the fine stage": {"fine": {}},
 }
 # Peers trained beside mgfc's calibration, which randomises their scenes, too.

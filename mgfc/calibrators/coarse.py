@@ -19,9 +19,9 @@ class CoarseCalib(SourceCalib):
         z = mean of (t' - t)^2 / v' over the 2 C statistics;   a = s max(0, 1 - 0.5 / z)
         X <- mu + a (mu' - mu) + (sigma' / sigma)^a (X - mu),   where t = (mu, log sigma)
 
-    In training mode the running statistics are updated, and a share of the images is moved away instead, into another
-    light, colour, sharpness and noise (`mgfc.calibrators.randomise`): what is learnt behind has to stand it. In evaluation
-    a module without statistics is the identity. Rows and columns at the border that are 0 in all channels are padding:
+    In training mode images pass unchanged and the running statistics are updated. If asked to, a share of the images is
+    then moved away instead, into another light, colour, sharpness and noise (`mgfc.calibrators.randomise`): what is learnt
+    behind has to stand it. A module without statistics is the identity. Rows and columns at the border that are 0 in all channels are padding:
     they do not count and stay 0. Source: `docs/method.md`, "Coarse".
 
     Args:
@@ -38,7 +38,7 @@ class CoarseCalib(SourceCalib):
     # The variance is measured on augmented crops of training, which vary more than whole images.
     USUAL = 0.5
 
-    def __init__(self, channels: int, strength: float = 1.0, randomise: float = 0.5) -> None:
+    def __init__(self, channels: int, strength: float = 1.0, randomise: float = 0.0) -> None:
         super().__init__(strength)
         self.randomise = randomise
         # First and second moment of the two statistics of an image.

@@ -38,7 +38,7 @@ class MediumCalib(SourceCalib):
     """
 
     USUAL = 1.0
-    CERTAIN_SHARE = 0.1
+    CERTAIN_SHARE = 0.025
 
     def __init__(self, dim: int, num_prototypes: int = 16, temperature: float = 0.05, strength: float = 1.0) -> None:
         super().__init__(strength)
@@ -87,9 +87,11 @@ class MediumCalib(SourceCalib):
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
         """Updates the running centroids with a batch: (B, N, C)."""
-        _, shares, sums = self._assign(tokens)
-        found = torch.cat([shares, sums, sums * _centroids(shares, sums)], dim=-1)
-        self.source.observe(torch.where(self.source.ready > 0, found, self._first(tokens)))
+        # Soft clustering takes many small steps to settle, however large the batches of one pass over the source are.
+        for part in tokens.split(4) if self.source.observing else [tokens]:
+            _, shares, sums = self._assign(part)
+            found = torch.cat([shares, sums, sums * _centroids(shares, sums)], dim=-1)
+            self.source.observe(torch.where(self.source.ready > 0, found, self._first(part)))
 
     def _first(self, tokens: Tensor) -> Tensor:
         """Tokens at even distances in the first batch of all processes, as the centroids of images with equal shares."""
