@@ -1,0 +1,518 @@
+"""A directory under many hands: other libraries' models, readers beside savers, processes that die, disks that are full."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomise
+from hub_server import HubServer
+from safetensors.torch import load_file, save_file
+from tiny import calibrated, tiny_dinov2, tiny_vit, untouched
+from torch import nn
+
+from mgfc import (
+    AdapterFileError,
+    AdapterNotFoundError,
+    ConfigError,
+    MGFCConfig,
+    MGFCError,
+    SegmentationHead,
+    load_head,
+    wrap_backbone,
+)
+from mgfc.backbones.detection import Tower, find_tower
+from mgfc.cli import main
+from mgfc.storage import directory as storage_directory
+from mgfc.storage.loading import make_adapter
+from mgfc.storage.snapshot import DirectoryFiles, consistently, one_save
+from mgfc.storage.tensors import read_header, read_tensors
+
+forking = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+FILES = {"config.json", "model.safetensors", "README.md"}
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "adapter"
+
+
+def a_head(num_classes: int = 5) -> SegmentationHead:
+    head = SegmentationHead([32, 32], num_classes, hidden_dim=8)
+    randomise(head)
+    return head
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    calibrated(vit := tiny_vit()).save_pretrained(tmp_path / "adapter", head=a_head())
+    assert vit.calibration
+    return tmp_path / "adapter"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+# Somebody else's model
+
+
+def write_transformers_model(directory: Path) -> None:
+    tiny_dinov2().save_pretrained(directory)
+
+
+def write_trainer_output(directory: Path) -> None:
+    tiny_dinov2().save_pretrained(directory / "checkpoint-500")
+    (directory / "training_args.bin").write_bytes(b"x")
+
+
+def write_peft_adapter(directory: Path) -> None:
+    import peft
+
+    peft.get_peft_model(tiny_vit(), peft.LoraConfig(target_modules=["qkv"])).save_pretrained(directory)
+
+
+def write_shards(directory: Path) -> None:
+    (directory / "model-00001-of-00002.safetensors").write_bytes(b"x")
+    (directory / "model.safetensors.index.json").write_text("{}")
+
+
+def write_broken_config(directory: Path) -> None:
+    (directory / "config.json").write_text('{"library_name": "mgfc"')
+
+
+FOREIGN = {
+    "a Transformers model": (write_transformers_model, "config.json, model.safetensors"),
+    "a Trainer's output": (write_trainer_output, "checkpoint-500, training_args.bin"),
+    "an adapter of PEFT's": (write_peft_adapter, "adapter_config.json"),
+    "shards": (write_shards, "model.safetensors.index.json"),
+    "a configuration that nobody can read": (write_broken_config, "config.json"),
+}
+
+
+@pytest.mark.parametrize(("write", "named"), FOREIGN.values(), ids=FOREIGN)
+def test_somebody_elses_model_is_never_replaced(write: Callable[[Path], None], named: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(AdapterFileError, match="expected an mgfc adapter, or a place without a model") as caught:
+        calibrated(tiny_vit()).save_pretrained(tmp_path)
+    assert named in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert contents(tmp_path) == before and not list(tmp_path.glob(".*"))
+
+
+def test_a_model_that_replaced_an_adapter_is_somebody_elses(saved: Path) -> None:
+    write_transformers_model(saved)
+    with pytest.raises(AdapterFileError, match="of another library"):
+        calibrated(tiny_vit()).save_pretrained(saved)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "epoch=3.ckpt", "iter_1000.pth", "runs/events.out"])
+def test_what_is_in_nobodys_way_stays(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    calibrated(tiny_vit()).save_pretrained(tmp_path)
+    assert (tmp_path / name).read_text() == "mine" and wrap_backbone(tiny_vit(), tmp_path)
+
+
+def test_an_adapter_of_format_1_may_be_saved_over(tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLE, tmp_path / "adapter")
+    calibrated(tiny_vit()).save_pretrained(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "config.json").read_text())["format_version"] == 2
+
+
+def test_somebody_elses_repository_is_never_replaced(logged_in: HubServer) -> None:
+    logged_in.put("org/model", {"config.json": b'{"model_type": "dinov2"}', "model.safetensors": b"theirs"})
+    commits = len(logged_in.repos["org/model"].commits)
+    with pytest.raises(AdapterFileError, match=r"org/model: expected an mgfc adapter.*found config.json, model.safetensors"):
+        calibrated(tiny_vit()).push_to_hub("org/model")
+    assert len(logged_in.repos["org/model"].commits) == commits
+    logged_in.put("org/own", {"unet/config.json": b"{}", "notes.txt": b"mine"})
+    calibrated(tiny_vit()).push_to_hub("org/own")
+    calibrated(tiny_vit()).push_to_hub("org/own")
+
+
+# Readers and savers at once
+
+
+def save_by_turns(directory: Path, until: Callable[[int], bool], first: int = 0) -> None:
+    """Saves adapters of rank 2 and 4 in turn, each with a head and an adapter of PEFT's of its own sizes."""
+    from peft import LoraConfig
+
+    savers = []
+    for rank in (2, 4):
+        config = LoraConfig(r=rank, target_modules=["qkv"])
+        vit = wrap_backbone(tiny_vit(), MGFCConfig(rank=rank), peft_config=config)
+        savers.append((vit.calibration, a_head(rank)))
+    number = first
+    while not until(number):
+        calibration, head = savers[number % 2]
+        calibration.save_pretrained(directory, head=head, training={"save": number})
+        number += 1
+
+
+@contextmanager
+def child(action: Callable[[], None]) -> Iterator[int]:
+    """A forked process; it has ended, or is killed, when the context is left."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                action()
+            code = 0
+        finally:
+            os._exit(code)
+    try:
+        yield process
+    finally:
+        with suppress(ChildProcessError):  # it was waited for
+            if os.waitpid(process, os.WNOHANG)[0] == 0:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+
+
+def ended_well(process: int) -> bool:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def tower() -> Tower:
+    return find_tower(tiny_vit())
+
+
+def ranks_found(directory: Path, reader: Tower) -> set[int]:
+    """Rank of the calibrators, of LoRA, and the head's classes, which are one number for one save."""
+    with one_save(directory) as fixed:
+        adapter, tuner = make_adapter(reader, fixed)
+        head = load_head(fixed)
+    assert isinstance(head, SegmentationHead) and tuner is not None and tuner[1] is not None
+    state = tuner[1]["base_model.model.blocks.0.attn.qkv.lora_A.weight"]
+    return {adapter.config.rank, len(adapter.layers["0"].low_rank.down), tuner[0].r, len(state), head.arguments["num_classes"]}
+
+
+@forking
+def test_a_reader_gets_the_files_of_one_save(tmp_path: Path) -> None:
+    save_by_turns(tmp_path, lambda number: number == 1)
+    reader, end = tower(), time.monotonic() + 6
+    found: list[int] = []
+    with child(lambda: save_by_turns(tmp_path, lambda _: time.monotonic() > end)) as process:
+        while time.monotonic() < end:
+            ranks = ranks_found(tmp_path, reader)
+            assert len(ranks) == 1, "files of two saves"
+            found += ranks
+            adapter, tuner = make_adapter(reader, tmp_path)
+            assert tuner is not None and tuner[0].r == adapter.config.rank, "calibrators of one save with LoRA of another"
+        assert ended_well(process)
+    assert set(found) == {2, 4} and len(found) > 20
+
+
+@forking
+def test_savers_at_once_all_succeed_and_the_last_one_stays(tmp_path: Path) -> None:
+    def save(first: int) -> Callable[[], None]:
+        return lambda: save_by_turns(tmp_path, lambda number: number == first + 15, first)
+
+    with child(save(0)) as one, child(save(100)) as two, child(save(200)) as three:
+        assert [ended_well(process) for process in (one, two, three)] == [True] * 3
+    last = json.loads((tmp_path / "config.json").read_text())["training"]["save"]
+    assert last % 100 == 14 and len(ranks_found(tmp_path, tower())) == 1
+    assert not list(tmp_path.glob(".*")), "debris"
+
+
+@forking
+def test_savers_that_are_killed_leave_one_save(tmp_path: Path) -> None:
+    """Real processes and signals: kill -9 at any time, with a reader beside, and another saver afterwards."""
+    save_by_turns(tmp_path, lambda number: number == 1)
+    reader, draw, leftovers = tower(), random.Random(0), 0
+    umask = os.umask(0o022)
+    try:
+        for _ in range(12):
+            with child(lambda: save_by_turns(tmp_path, lambda _: False)):
+                time.sleep(0.15 + draw.random() * 0.2)
+                assert len(ranks_found(tmp_path, reader)) == 1
+            assert len(ranks_found(tmp_path, reader)) == 1
+            for path in tmp_path.glob(".saving-*"):
+                leftovers += 1
+                modes = [stat.S_IMODE(p.stat().st_mode) for p in (path, *path.iterdir())]
+                assert modes[0] == 0o755 and set(modes[1:]) <= {0o644}, "others cannot read what a crash left"
+        save_by_turns(tmp_path, lambda number: number == 2)
+    finally:
+        os.umask(umask)
+    assert leftovers > 0 and not list(tmp_path.glob(".*"))
+
+
+def test_a_reader_retries_what_was_moved_under_it(saved: Path, tmp_path: Path) -> None:
+    """A file is found in `.incoming` and moved to its place before it is opened."""
+    (saved / ".incoming").mkdir()
+    os.replace(saved / "model.safetensors", saved / ".incoming" / "model.safetensors")
+    tries = []
+
+    def read(files: Any) -> int:
+        path = files("model.safetensors")
+        tries.append(path.parent.name)
+        if len(tries) == 1:
+            os.replace(path, saved / "model.safetensors")
+        return len(read_header(path))
+
+    assert consistently(DirectoryFiles(saved), read) > 0 and tries == [".incoming", "adapter"]
+
+
+def test_a_reader_does_not_believe_an_error_of_two_saves(saved: Path) -> None:
+    """Another save between configuration and tensors: neither a mismatch nor a mixture comes out."""
+    other = calibrated(tiny_vit(), MGFCConfig(rank=4))
+    times = []
+
+    def read(files: Any) -> int:
+        rank = json.loads(files("config.json").read_text())["calibration"]["rank"]
+        if not times:
+            times.append(other.save_pretrained(saved))
+        found = read_header(files("model.safetensors"))["layers.0.low_rank.down"].shape[0]
+        if found != rank:
+            raise AdapterFileError("a mixture")
+        return found
+
+    assert consistently(DirectoryFiles(saved), read) == 4
+
+
+def test_readers_write_nothing(saved: Path) -> None:
+    before = contents(saved)
+    saved.chmod(0o555)
+    try:
+        wrap_backbone(tiny_vit(), saved)
+        load_head(saved)
+    finally:
+        saved.chmod(0o755)
+    assert contents(saved) == before
+
+
+def test_on_windows_only_what_may_be_written_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows opens no directories, and its fsync wants a descriptor that may write."""
+    import fcntl
+
+    real_open, real_sync = os.open, os.fsync
+
+    def windows_open(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if os.path.isdir(path) and storage_directory.__name__ in stack_modules():
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, flags, *args, **kwargs)
+
+    def windows_sync(descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        real_sync(descriptor)
+
+    def stack_modules() -> set[str]:
+        import sys
+
+        frame = sys._getframe(2)
+        return {frame.f_globals["__name__"]}
+
+    monkeypatch.setattr(os, "open", windows_open)
+    monkeypatch.setattr(os, "fsync", windows_sync)
+    calibrated(tiny_vit()).save_pretrained(tmp_path / "out")
+    assert set(os.listdir(tmp_path / "out")) == FILES and wrap_backbone(tiny_vit(), tmp_path / "out")
+
+
+# What cannot be written
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_not_saved(saved: Path, value: float) -> None:
+    before = contents(saved)
+    calibration = calibrated(tiny_vit())
+    with torch.no_grad():
+        calibration.layers["1"].low_rank.up[3, 2] = value
+    fact = r"layers\.1\.low_rank\.up: expected finite numbers, found 1 of 1024 that are NaN or infinite"
+    with pytest.raises(ConfigError, match=fact):
+        calibration.save_pretrained(saved)
+    calibration = calibrated(tiny_vit())
+    calibration.adapter.coarse.source.total[0, 0, 0] = value
+    with pytest.raises(ConfigError, match=r"coarse\.source\.total"):
+        calibration.save_pretrained(saved)
+    head = a_head()
+    head.classify.bias.data[0] = value
+    with pytest.raises(ConfigError, match=r"head\.safetensors: classify\.bias"):
+        calibrated(tiny_vit()).save_pretrained(saved, head=head)
+    assert contents(saved) == before
+
+
+def test_masks_of_a_head_may_be_infinite(tmp_path: Path) -> None:
+    head = nn.Linear(2, 2)
+    head.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    calibrated(tiny_vit()).save_pretrained(tmp_path, head=head)
+    again = nn.Linear(2, 2)
+    again.register_buffer("mask", torch.zeros(2))
+    assert load_head(tmp_path, again).mask[1] == -torch.inf
+    head.mask[0] = torch.nan
+    with pytest.raises(ConfigError, match="mask"):
+        calibrated(tiny_vit()).save_pretrained(tmp_path, head=head)
+
+
+@pytest.mark.parametrize("at", ["os.replace", "os.fsync", "os.mkdir", "pathlib.Path.write_bytes", "pathlib.Path.mkdir"])
+def test_a_disk_that_is_full(saved: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = contents(saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(at, full)
+        with pytest.raises(AdapterNotFoundError, match="expected what can be written.*No space left on device"):
+            calibrated(tiny_vit(), MGFCConfig(rank=4)).save_pretrained(saved)
+    assert contents(saved) == before
+
+
+def test_a_place_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(AdapterNotFoundError, match="expected what can be written"):
+        calibrated(tiny_vit()).save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_directory_that_must_not_be_written(saved: Path) -> None:
+    saved.chmod(0o555)
+    try:
+        with pytest.raises(AdapterNotFoundError, match="expected what can be written"):
+            calibrated(tiny_vit()).save_pretrained(saved)
+    finally:
+        saved.chmod(0o755)
+
+
+# What cannot be read
+
+
+@pytest.mark.parametrize("source", ["/" + "x" * 300, "x" * 300, "./" + "y/" * 3000, "/a\0b", "a\0b", "local-dir:" + "z" * 5000])
+def test_paths_that_no_system_has(hub: HubServer, source: str) -> None:
+    vit = tiny_vit()
+    with untouched(vit), pytest.raises(MGFCError):
+        wrap_backbone(vit, source)
+    with pytest.raises(MGFCError):
+        load_head(source)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("code", [13, 24, 5])
+def test_files_that_cannot_be_opened(saved: Path, name: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No permission, out of file descriptors, a broken disk."""
+    real = Path.open
+
+    def guarded(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name == name:
+            raise OSError(code, os.strerror(code), str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    vit = tiny_vit()
+    with untouched(vit), pytest.raises(AdapterNotFoundError, match=os.strerror(code)):
+        wrap_backbone(vit, saved)
+
+
+def test_a_flipped_bit_is_found(saved: Path) -> None:
+    for name, load in (
+        ("model.safetensors", lambda: wrap_backbone(tiny_vit(), saved)),
+        ("head.safetensors", lambda: load_head(saved)),
+    ):
+        data = bytearray((saved / name).read_bytes())
+        data[-7] ^= 4
+        (saved / name).write_bytes(data)
+        with pytest.raises(AdapterFileError, match=r'expected the file that was saved.*remove "checksums"'):
+            load()
+
+
+def test_a_file_that_was_changed_on_purpose(saved: Path) -> None:
+    tensors = {key: value.half() for key, value in load_file(saved / "model.safetensors").items()}
+    save_file(tensors, saved / "model.safetensors")
+    values = json.loads((saved / "config.json").read_text())
+    del values["checksums"]
+    (saved / "config.json").write_text(json.dumps(values))
+    assert wrap_backbone(tiny_vit(), saved)
+
+
+def test_a_damaged_download_is_fetched_again(logged_in: HubServer, hub: HubServer) -> None:
+    calibrated(tiny_vit()).push_to_hub("org/adapter")
+    wrap_backbone(tiny_vit(), "org/adapter")
+    from huggingface_hub import hf_hub_download
+
+    cached = Path(hf_hub_download("org/adapter", "model.safetensors")).resolve()
+    cached.write_bytes(cached.read_bytes()[:-100])
+    with pytest.raises(AdapterFileError, match="damaged"):
+        wrap_backbone(tiny_vit(), "org/adapter", local_files_only=True)
+    assert wrap_backbone(tiny_vit(), "org/adapter")
+    assert wrap_backbone(tiny_vit(), "org/adapter", local_files_only=True), "the cache is whole again"
+
+
+def test_a_repository_that_is_damaged_itself_is_fetched_twice_and_no_more(logged_in: HubServer) -> None:
+    calibrated(tiny_vit()).push_to_hub("org/adapter")
+    files = logged_in.files("org/adapter")
+    logged_in.put("org/adapter", {**files, "model.safetensors": files["model.safetensors"][:-100]})
+    with pytest.raises(AdapterFileError, match="damaged"):
+        wrap_backbone(tiny_vit(), "org/adapter")
+    assert len([r for r in logged_in.requests if r.method == "GET" and r.path.endswith("config.json")]) <= 2
+
+
+# Files of format 1
+
+
+def old_vit() -> nn.Module:
+    return tiny_dinov2(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=56)
+
+
+def test_an_adapter_of_format_1_loads() -> None:
+    vit = old_vit()
+    with pytest.warns(UserWarning, match="format 1") as caught:
+        wrap_backbone(vit, EXAMPLE)
+    texts = [str(item.message) for item in caught if "format 1" in str(item.message)]
+    assert len(texts) == 1 and "observing()" in texts[0] and "class and register tokens" in texts[0]
+    old, adapter = load_file(EXAMPLE / "model.safetensors"), vit.calibration.adapter
+    layer = adapter.layers["9"]
+    assert torch.equal(layer.low_rank.down, old["layers.9.down.weight"])
+    assert torch.equal(layer.low_rank.up, old["layers.9.up.weight"])
+    assert torch.equal(layer.medium.source.value, old["layers.9.medium.source.value"])
+    assert layer.medium.source.count == old["layers.9.medium.source.count"] and layer.medium.source.ready == 1
+    assert torch.equal(layer.fine.kernel, old["layers.9.fine.kernel"])
+    assert adapter.coarse is not None and not adapter.coarse.source.ready and not adapter.is_observed
+    assert not any(value.is_meta for value in adapter.state_dict().values())
+    vit(torch.randn(1, 3, 28, 42))
+    assert isinstance(load_head(EXAMPLE), SegmentationHead)
+
+
+def test_an_adapter_of_format_1_is_saved_in_todays(tmp_path: Path) -> None:
+    vit = old_vit()
+    with pytest.warns(UserWarning, match="format 1"):
+        wrap_backbone(vit, EXAMPLE)
+    vit.calibration.save_pretrained(tmp_path)
+    again = old_vit()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*format 1.*")
+        wrap_backbone(again, tmp_path)
+    one, two = vit.calibration.state_dict(), again.calibration.state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_what_a_configuration_of_format_1_leaves_out_means_what_it_meant(tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLE, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "config.json"
+    values = json.loads(path.read_text())
+    del values["calibration"]["fine"], values["calibration"]["coarse"], values["calibration"]["medium"]
+    path.write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="format 1"):
+        calibration = wrap_backbone(old_vit(), tmp_path / "adapter").calibration
+    assert None not in (calibration.config.fine, calibration.config.coarse, calibration.config.medium)
+
+
+def test_info_of_format_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(EXAMPLE)]) == 0
+    assert "format 1" in capsys.readouterr().out
+
+
+def test_reading_holds_little_more_than_a_file(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1000), "b": torch.ones(2, 3).half(), "c": torch.tensor(2)}, tmp_path / "x.safetensors")
+    found = read_tensors(tmp_path / "x.safetensors")
+    expected = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
