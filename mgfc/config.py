@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypeVar
@@ -15,15 +14,14 @@ C = TypeVar("C", bound="_Config")
 
 # No size that a vision transformer has comes near; whatever is built from a configuration stays small enough to be refused.
 MAX_SIZE, MAX_NUMBER = 1 << 16, 1e9
-_SHORT = reprlib.Repr()
-_SHORT.maxstring, _SHORT.maxtuple, _SHORT.maxlist, _SHORT.maxdict = 200, 20, 20, 20
 _LAYERS = re.compile(r"all|(first|last):0*[1-9]\d{0,4}", re.ASCII)
 
 
 def expect(condition: bool, where: str, expected: str, found: object) -> None:
     if not condition:
-        shown = _SHORT.repr(found) if isinstance(found, (int, str, list, tuple, dict)) else repr(found)
-        raise ConfigError(f"{where}: expected {expected}, found {shown}.")
+        is_huge = isinstance(found, int) and found.bit_length() > 1000
+        shown = "a huge number" if is_huge else repr(found)
+        raise ConfigError(f"{where}: expected {expected}, found {shown if len(shown) < 500 else shown[:500] + '...'}.")
 
 
 def _is_number(value: object) -> bool:
@@ -35,7 +33,9 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict: nested configurations as dicts, tuples as lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in _as_items(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        decoded = {key: value.to_dict() if isinstance(value, _Config) else value for key, value in values.items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in decoded.items()}
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -71,9 +71,7 @@ class _Config:
             valid = is_tuple and all(type(i) is int and abs(i) <= MAX_SIZE for i in layers)
         expect(valid, f"{type(self).__name__}.layers", '"all", "first:n", "last:n" or a tuple of block indices', layers)
 
-    def _check_size(
-        self, name: str, *, least: int = 1, most: int = MAX_SIZE, odd: bool = False, optional: bool = False
-    ) -> None:
+    def _check_size(self, name: str, least: int = 1, most: int = MAX_SIZE, odd: bool = False, optional: bool = False) -> None:
         value, where = getattr(self, name), f"{type(self).__name__}.{name}"
         expected = f"an {'odd ' * odd}int > {least - 1}{' or None' * optional}"
         valid = (optional and value is None) or (type(value) is int and value >= least and (value % 2 == 1 or not odd))
@@ -88,14 +86,6 @@ class _Config:
     def _check_weight(self, weight: float) -> None:
         valid = _is_number(weight) and weight >= 0
         expect(valid, f"{type(self).__name__}.loss_weight", "a finite number >= 0", weight)
-
-
-def _as_items(config: _Config) -> list[tuple[str, Any]]:
-    items = []
-    for field in fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        items.append((field.name, value.to_dict() if isinstance(value, _Config) else value))
-    return items
 
 
 @dataclass(frozen=True)
