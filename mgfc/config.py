@@ -19,8 +19,7 @@ _LAYERS = re.compile(r"all|(first|last):0*[1-9]\d{0,4}", re.ASCII)
 
 def expect(condition: bool, where: str, expected: str, found: object) -> None:
     if not condition:
-        is_huge = isinstance(found, int) and found.bit_length() > 1000
-        shown = "a huge number" if is_huge else repr(found)
+        shown = "a huge number" if isinstance(found, int) and found.bit_length() > 1000 else repr(found)
         raise ConfigError(f"{where}: expected {expected}, found {shown if len(shown) < 500 else shown[:500] + '...'}.")
 
 

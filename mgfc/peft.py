@@ -92,7 +92,7 @@ def inject(backbone: nn.Module, config: PeftConfig, state: dict[str, Tensor] | N
     before = _Before(backbone)
     try:
         if state is not None:
-            _inject(_without_values(backbone), _drawn_without_values(config), state)
+            _rehearse(backbone, config, state)
         _inject(backbone, config, state, before)
     except Exception as error:  # PEFT raises whatever its parts raise
         before.restore(backbone)
@@ -109,7 +109,10 @@ def _inject(backbone: nn.Module, config: PeftConfig, state: Mapping[str, Tensor]
 
     if before is not None and _changes_weights(config):
         before.keep_weights(backbone)
-    inject_adapter_in_model(copy.deepcopy(config), backbone, NAME)  # PEFT writes into what it is given
+    with torch.random.fork_rng(enabled=_changes_weights(config)):
+        if _changes_weights(config):
+            torch.manual_seed(0)  # what is left of the weights has to be the same when it is loaded
+        inject_adapter_in_model(copy.deepcopy(config), backbone, NAME)  # PEFT writes into what it is given
     if before is not None:
         before.hand_over(backbone)
     if state is None:
@@ -136,8 +139,23 @@ def state_of(backbone: nn.Module) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith("calibration.")}
 
 
+def _rehearse(backbone: nn.Module, config: PeftConfig, state: Mapping[str, Tensor]) -> None:
+    """Injects into a copy without values, which takes no memory: what fails there never reaches the backbone."""
+    try:
+        skeleton = _without_values(backbone)
+        with torch.device("meta"):
+            _inject(skeleton, _drawn_without_values(config), state)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+        # A method that looks at values: it is tried on the backbone, if its size is sensible.
+        widest = max(size for parameter in backbone.parameters() for size in parameter.shape)
+        if not 0 < getattr(config, "r", 1) <= widest:
+            raise
+
+
 def _without_values(backbone: nn.Module) -> nn.Module:
-    """A copy on the meta device, which takes no memory: what fails on it leaves the backbone alone."""
+    """A copy on the meta device."""
     memo: dict[int, Any] = {}
     for parameter in backbone.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)

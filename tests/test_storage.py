@@ -10,6 +10,7 @@ import signal
 import stat
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,17 +26,21 @@ from torch import nn
 
 from mgfc import (
     AdapterFileError,
+    AdapterMismatchError,
     AdapterNotFoundError,
     ConfigError,
     MGFCConfig,
     MGFCError,
     SegmentationHead,
     load_head,
+    unwrap_backbone,
     wrap_backbone,
 )
 from mgfc.backbones.detection import Tower, find_tower
 from mgfc.cli import main
+from mgfc.interop.rein import convert_rein
 from mgfc.storage import directory as storage_directory
+from mgfc.storage.checkpoint import read_checkpoint
 from mgfc.storage.loading import make_adapter
 from mgfc.storage.snapshot import DirectoryFiles, consistently, one_save
 from mgfc.storage.tensors import read_header, read_tensors
@@ -363,7 +368,7 @@ def test_a_disk_that_is_full(saved: Path, monkeypatch: pytest.MonkeyPatch, at: s
     before = contents(saved)
     with monkeypatch.context() as patch:
         patch.setattr(at, full)
-        with pytest.raises(AdapterNotFoundError, match="expected what can be written.*No space left on device"):
+        with pytest.raises(AdapterNotFoundError, match=r"expected what can be written.*No space left on device"):
             calibrated(tiny_vit(), MGFCConfig(rank=4)).save_pretrained(saved)
     assert contents(saved) == before
 
@@ -516,3 +521,193 @@ def test_reading_holds_little_more_than_a_file(tmp_path: Path) -> None:
     found = read_tensors(tmp_path / "x.safetensors")
     expected = load_file(tmp_path / "x.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+# An adapter of PEFT's beside the calibrators
+
+
+def with_peft(directory: Path, **options: Any) -> Path:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["qkv"], **options)
+    wrap_backbone(tiny_vit(), MGFCConfig(rank=2), peft_config=config).calibration.save_pretrained(directory)
+    return directory
+
+
+def change_peft(directory: Path, **values: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refused(directory: Path, *facts: str) -> None:
+    vit, start = tiny_vit(), time.monotonic()
+    with untouched(vit), pytest.raises((AdapterFileError, AdapterMismatchError)) as caught:
+        wrap_backbone(vit, directory)
+    assert [fact for fact in facts if fact not in str(caught.value)] == [], str(caught.value)
+    assert time.monotonic() - start < 5
+
+
+PEFT_VALUES = {
+    "modules that are not there": {"modules_to_save": ["norm"]},
+    "XLORA": {"peft_type": "XLORA"},
+    "another method": {"peft_type": "OFT"},
+    "no method": {"peft_type": "NOTHING"},
+    "a list as a method": {"peft_type": ["LORA"]},
+    "mgfc's own method": {"peft_type": "MGFC"},
+    "a rank that never ends": {"r": 10**6},
+    "a negative rank": {"r": -1},
+    "a huge number": {"lora_alpha": 2**60},
+    "alpha that is a text": {"lora_alpha": "x"},
+    "a pattern that never ends": {"target_modules": r"(a+)+$|(.*.*)*x"},
+    "many wildcards": {"exclude_modules": ".*.*.*.*.*x"},
+    "a slow key": {"rank_pattern": {"(.+)+x": 2}},
+    "a wrong pattern": {"target_modules": "(["},
+    "modules to import": {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+    "copies of blocks": {"layer_replication": [[0, 3]] * 50},
+    "endless refinement": {"init_lora_weights": "pissa_niter_1000000"},
+    "a start that needs data": {"init_lora_weights": "eva"},
+    "many names": {"target_modules": [f"m{i}" for i in range(2000)]},
+    "a number for names": {"target_modules": 3},
+    "an unknown module": {"target_modules": ["nothing"]},
+    "more modules": {"target_modules": ["qkv", "fc1"]},
+    "other indices": {"layers_to_transform": [10**6]},
+}
+
+
+@pytest.mark.parametrize("values", PEFT_VALUES.values(), ids=PEFT_VALUES)
+@pytest.mark.parametrize("start", [True, "pissa", "olora"])
+def test_a_failed_load_of_an_adapter_of_pefts_changes_nothing(values: dict[str, Any], start: Any, tmp_path: Path) -> None:
+    change_peft(with_peft(tmp_path, init_lora_weights=start), **values)
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("start", [True, "pissa", "olora"])
+def test_a_missing_tensor_of_pefts_changes_nothing(start: Any, tmp_path: Path) -> None:
+    path = with_peft(tmp_path, init_lora_weights=start) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["checksums"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    refused(tmp_path, "1 missing and 0 unknown")
+
+
+def test_a_failure_after_the_rehearsal_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise AttributeError("on the way")
+
+    with_peft(tmp_path, init_lora_weights="olora")
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", fails)
+    refused(tmp_path, "AttributeError: on the way")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "", "[1]", "{", '{"peft_type": "LORA", "r": 1' + "0" * 5000 + "}", '"x"'])
+def test_damaged_configurations_of_pefts(text: str, tmp_path: Path) -> None:
+    (with_peft(tmp_path) / "adapter_config.json").write_text(text)
+    refused(tmp_path, "adapter_config.json")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", True])
+def test_unwrapping_gives_the_weights_back(start: Any, tmp_path: Path) -> None:
+    bare, images = tiny_vit(), torch.randn(1, 3, 32, 32)
+    vit = tiny_vit()
+    with_start = {"init_lora_weights": start}
+    from peft import LoraConfig
+
+    with untouched(vit):
+        wrap_backbone(vit, MGFCConfig(rank=2), peft_config=LoraConfig(r=2, target_modules=["qkv"], **with_start))
+        for name, parameter in vit.named_parameters():
+            if "lora" in name:
+                parameter.data += torch.randn(parameter.shape) * 0.1
+        vit.calibration.save_pretrained(tmp_path)
+        expected = vit(images)
+        unwrap_backbone(vit)
+    with untouched(vit):
+        assert torch.equal(wrap_backbone(vit, tmp_path)(images), expected)
+        unwrap_backbone(vit)
+    assert torch.equal(vit(images), bare(images))
+
+
+def test_a_slow_pattern_of_ones_own_is_saved_as_names(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=r"(blocks\.\d+\.)+attn\.qkv")
+    wrap_backbone(tiny_vit(), MGFCConfig(rank=2), peft_config=config).calibration.save_pretrained(tmp_path)
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert names == [f"blocks.{i}.attn.qkv" for i in range(3)] and wrap_backbone(tiny_vit(), tmp_path)
+
+
+# Checkpoints
+
+
+REINS = "backbone.reins."
+DEPTH, DIM, TOKENS = 3, 32, 7
+
+
+def rein() -> dict[str, Any]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "mlp_token2feat.weight": (DIM, DIM),
+        "mlp_token2feat.bias": (DIM,),
+        "mlp_delta_f.weight": (DIM, DIM),
+        "mlp_delta_f.bias": (DIM,),
+        "scale": (),
+        "learnable_tokens": (DEPTH, TOKENS, DIM),
+    }
+    return {REINS + key: torch.ones(shape) for key, shape in shapes.items()}
+
+
+REIN = {
+    "a number": {"learnable_tokens": torch.tensor(1.0)},
+    "sparse": {"learnable_tokens": torch.ones(DEPTH, TOKENS, DIM).to_sparse()},
+    "quantized": {"mlp_delta_f.bias": torch.quantize_per_tensor(torch.ones(DIM), 1.0, 0, torch.qint8)},
+    "complex": {"scale": torch.tensor(1j)},
+    "meta": {"learnable_tokens": torch.ones(DEPTH, TOKENS, DIM, device="meta")},
+    "stride 0": {"learnable_tokens": torch.ones(1).expand(40, 10**5, 1000)},
+    "stride 0 in the linear layers": {"mlp_delta_f.weight": torch.ones(1).expand(10**6, 10**6)},
+    "a depth that never ends": {"learnable_tokens": torch.ones(10**6, 2, 1)},
+    "one dimension": {"mlp_delta_f.weight": torch.ones(DIM)},
+    "integers": {"scale": torch.tensor(1)},
+    "float8": {"mlp_delta_f.bias": torch.ones(DIM).to(torch.float8_e4m3fn)},
+    "nothing": {"learnable_tokens": torch.ones(0, TOKENS, DIM)},
+    "not finite": {"mlp_delta_f.bias": torch.full((DIM,), torch.nan)},
+    "one token": {"learnable_tokens": torch.ones(DEPTH, 1, DIM)},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("changed", REIN.values(), ids=REIN)
+def test_odd_tensors_of_a_rein_checkpoint(changed: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(rein(), tmp_path / "rein.pth")
+    convert_rein(tmp_path / "rein.pth", tmp_path / "good")
+    torch.save(rein() | {REINS + key: value for key, value in changed.items()}, tmp_path / "rein.pth")
+    start = time.monotonic()
+    with pytest.raises((AdapterFileError, ConfigError)):
+        convert_rein(tmp_path / "rein.pth", tmp_path / "out")
+    assert time.monotonic() - start < 2 and not (tmp_path / "out").exists()
+
+
+def test_a_head_of_stride_0(tmp_path: Path) -> None:
+    torch.save(rein() | {"decode_head.weight": torch.ones(1).expand(10**6, 10**4)}, tmp_path / "rein.pth")
+    with pytest.raises(AdapterFileError, match=r"decode_head\.weight: expected a dense tensor"):
+        convert_rein(tmp_path / "rein.pth", tmp_path / "out")
+
+
+def test_compressed_and_greedy_checkpoints(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(10**6)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain:
+        with zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+            for entry in plain.infolist():
+                packed.writestr(entry.filename, plain.read(entry))
+        with zipfile.ZipFile(tmp_path / "greedy.pth", "w") as greedy:
+            for entry in plain.infolist():
+                data = (
+                    b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR." if entry.filename.endswith("data.pkl") else plain.read(entry)
+                )
+                greedy.writestr(entry.filename, data)
+    torch.save(rein(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name, reason in (("packed", "compressed"), ("greedy", "memory of a size that it names"), ("old", "zip")):
+        with pytest.raises(AdapterFileError, match=reason):
+            read_checkpoint(tmp_path / f"{name}.pth")
