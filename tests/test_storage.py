@@ -29,6 +29,7 @@ from mgfc import (
     AdapterMismatchError,
     AdapterNotFoundError,
     ConfigError,
+    FineConfig,
     MGFCConfig,
     MGFCError,
     SegmentationHead,
@@ -711,3 +712,113 @@ def test_compressed_and_greedy_checkpoints(tmp_path: Path) -> None:
     for name, reason in (("packed", "compressed"), ("greedy", "memory of a size that it names"), ("old", "zip")):
         with pytest.raises(AdapterFileError, match=reason):
             read_checkpoint(tmp_path / f"{name}.pth")
+
+
+# What a trainer saved
+
+
+def trained_model() -> nn.Module:
+    """A host of a wrapped backbone, as a trainer sees it."""
+    torch.manual_seed(1)
+    host = nn.ModuleDict({"encoder": tiny_vit(), "head": nn.Conv2d(32, 5, 1)})
+    calibrated(host["encoder"], MGFCConfig(rank=4, fine=FineConfig(5)))
+    return host
+
+
+def save_plain(host: nn.Module, directory: Path) -> Path:
+    torch.save(host.state_dict(), directory / "model.pt")
+    return directory / "model.pt"
+
+
+def save_safetensors(host: nn.Module, directory: Path) -> Path:
+    save_file({key: value.contiguous() for key, value in host.state_dict().items()}, directory / "model.safetensors")
+    return directory / "model.safetensors"
+
+
+def save_lightning(host: nn.Module, directory: Path) -> Path:
+    import lightning
+
+    module = lightning.LightningModule()
+    module.model = host
+    module.training_step = lambda batch, batch_idx: host["encoder"](batch[0]).square().mean()  # type: ignore[method-assign]
+    module.configure_optimizers = lambda: torch.optim.SGD(host["encoder"].calibration.parameters(), lr=0.0)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(2, 3, 32, 32)), batch_size=2)
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_steps=1, accelerator="cpu", default_root_dir=directory, **options)
+    trainer.fit(module, loader)
+    trainer.save_checkpoint(directory / "model.ckpt")
+    return directory / "model.ckpt"
+
+
+def save_shards(host: nn.Module, directory: Path) -> Path:
+    places = {}
+    for number, key in enumerate(host.state_dict()):
+        places[key] = f"model-0000{number % 3}.safetensors"
+    for name in set(places.values()):
+        save_file({k: v.contiguous() for k, v in host.state_dict().items() if places[k] == name}, directory / name)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return directory
+
+
+def save_directory(host: nn.Module, directory: Path) -> Path:
+    (directory / "config.json").write_text('{"model_type": "host"}')
+    return save_safetensors(host, directory).parent
+
+
+SAVERS = [save_plain, save_safetensors, save_lightning, save_shards, save_directory]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("save", SAVERS, ids=lambda save: save.__name__)
+def test_what_a_trainer_saved_loads(save: Callable[[nn.Module, Path], Path], tmp_path: Path) -> None:
+    host = trained_model()
+    source = save(host, tmp_path)
+    expected = host["encoder"].calibration.adapter.state_dict()
+    vit = tiny_vit()
+    with pytest.warns(UserWarning, match="does not hold strength, temperature"):
+        wrap_backbone(vit, source)
+    found = vit.calibration.adapter.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(value, expected[key]) for key, value in found.items())
+    images = torch.randn(1, 3, 48, 32)
+    with torch.no_grad():
+        assert torch.equal(vit(images), host["encoder"].eval()(images))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_transformers_saved_loads(tmp_path: Path) -> None:
+    model = tiny_dinov2()
+    calibrated(model, MGFCConfig(rank=4))
+    model.save_pretrained(tmp_path)
+    again = tiny_dinov2()
+    wrap_backbone(again, tmp_path)
+    one, two = model.calibration.adapter.state_dict(), again.calibration.adapter.state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_a_checkpoint_without_calibrators_says_so(tmp_path: Path) -> None:
+    torch.save(tiny_vit().state_dict(), tmp_path / "bare.pt")
+    vit = tiny_vit()
+    with untouched(vit), pytest.raises(AdapterNotFoundError, match="in their names; here are none"):
+        wrap_backbone(vit, tmp_path / "bare.pt")
+
+
+def test_a_checkpoint_of_another_backbone(tmp_path: Path) -> None:
+    source = save_plain(trained_model(), tmp_path)
+    for other in (tiny_vit(depth=2), tiny_vit(embed_dim=64)):
+        with untouched(other), pytest.raises(AdapterMismatchError):
+            wrap_backbone(other, source)
+
+
+def test_a_checkpoint_of_two_models(tmp_path: Path) -> None:
+    state = trained_model().state_dict()
+    torch.save({f"{who}.{key}": value for key, value in state.items() for who in ("student", "teacher")}, tmp_path / "x.pt")
+    with pytest.raises(AdapterFileError, match=r"expected one adapter, found student\..*teacher\."):
+        wrap_backbone(tiny_vit(), tmp_path / "x.pt")
+
+
+def test_a_checkpoint_with_a_tensor_too_few(tmp_path: Path) -> None:
+    state = trained_model().state_dict()
+    del state["encoder.calibration.adapter_default.layers.1.low_rank.up"]
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(AdapterMismatchError, match=r"layers\.1\.low_rank\.up: expected in the file, found none"):
+        wrap_backbone(tiny_vit(), tmp_path / "x.pt")

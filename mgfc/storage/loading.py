@@ -25,6 +25,7 @@ from mgfc.storage.matching import compare_head, compare_sizes, compare_state, fi
 from mgfc.storage.parsing import named_in_our_words, read_json, shorten
 from mgfc.storage.snapshot import DirectoryFiles, Files, consistently
 from mgfc.storage.tensors import read_header, read_tensors
+from mgfc.storage.trainer import find_checkpoint, read_calibrators
 from mgfc.storage.tuner import make_config
 
 _FINGERPRINT_TOLERANCE = 0.01
@@ -60,7 +61,8 @@ def locate(source: Source, **hub_options: Any) -> Files:
 def make_adapter(tower: Tower, source: AdapterConfig | Source | None, **hub_options: Any) -> tuple[Adapter, peft.Tuner | None]:
     """A fresh adapter of a configuration (None: the default one), or a saved one, for a backbone that stays untouched.
 
-    A saved one may have a PEFT adapter beside it, which is returned, too.
+    A saved one may have a PEFT adapter beside it, which is returned, too. A path may also be that of a checkpoint of a
+    whole wrapped model (see `mgfc.storage.trainer`).
 
     Raises:
         ConfigError: if the configuration does not fit the backbone, or `source` is of another type.
@@ -69,6 +71,9 @@ def make_adapter(tower: Tower, source: AdapterConfig | Source | None, **hub_opti
     if source is None or isinstance(source, AdapterConfig):
         return _adapter(source or MGFCConfig(), tower), None
     if isinstance(source, (str, os.PathLike)):
+        checkpoint = find_checkpoint(source)
+        if checkpoint is not None:
+            return read_calibrators(checkpoint, tower), None
         return consistently(locate(source, **hub_options), lambda files: read(os.fspath(source), files, tower))
     raise ConfigError(f"adapter: expected an MGFCConfig, a directory or a Hub id, found {type(source).__name__}.")
 

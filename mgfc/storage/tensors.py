@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,12 +65,13 @@ def read_header(path: Path) -> dict[str, Entry]:
         return _parse_header(file, path)[1]
 
 
-def read_tensors(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, checksum: str | None = None, *, only: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """Reads a safetensors file. Never holds more than its size, and one tensor of it.
 
     Args:
         path: of the file.
         checksum: SHA-256 that it has to have, in hexadecimal digits.
+        only: which tensors to read, by name; None for all.
 
     Raises:
         AdapterNotFoundError: if the file cannot be read.
@@ -81,6 +82,9 @@ def read_tensors(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
         head, entries = _parse_header(file, path)
         digest = hashlib.sha256(head)
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+            if only is not None and not only(name):
+                file.seek(entry.nbytes, os.SEEK_CUR)
+                continue
             data = bytearray(entry.nbytes)
             if file.readinto(data) != len(data):
                 raise _damaged(path, "it became shorter while it was read")
