@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from mgfc.interop.rein import convert_rein
 
 IMAGES = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 SLOWEST = 5.0  # seconds that an input may take
+# Kinds of files, and how often each is drawn.
+KINDS = {"adapter": 6, "peft": 4, "rein": 1, "rein.pth": 2, "net.safetensors": 1}
 SLACK = 64 << 20  # bytes beside twice the files' size
 
 ODD: list[Any] = [
@@ -59,8 +61,9 @@ def backbone() -> nn.Module:
 
 
 def write_originals(directory: Path) -> dict[str, Path]:
-    """Good files: an adapter with a head, one with an adapter of PEFT's, a Rein adapter, a Rein checkpoint."""
+    """Good files: an adapter with a head, one with an adapter of PEFT's, a Rein adapter and checkpoint, a model's state."""
     from peft import LoraConfig
+    from safetensors.torch import save_file
 
     head = SegmentationHead([32, 32], 5, hidden_dim=8)
     config = MGFCConfig(rank=4, fine=FineConfig())
@@ -69,7 +72,9 @@ def write_originals(directory: Path) -> dict[str, Path]:
     tuned.calibration.save_pretrained(directory / "peft")
     torch.save({"state_dict": rein_tensors()}, directory / "rein.pth")
     convert_rein(directory / "rein.pth", directory / "rein")
-    return {name: directory / name for name in ("adapter", "peft", "rein", "rein.pth")}
+    state = wrap_backbone(backbone(), config).calibration.adapter.state_dict()
+    save_file({f"net.calibration.adapter_default.{key}": value for key, value in state.items()}, directory / "net.safetensors")
+    return {name: directory / name for name in KINDS}
 
 
 def rein_tensors() -> dict[str, torch.Tensor]:
@@ -217,8 +222,12 @@ def damage_checkpoint(path: Path, draw: random.Random) -> bytes:
 
 def damage(source: Path, work: Path, draw: random.Random) -> str:
     """Writes a damaged copy of an original, and returns what was damaged."""
-    if source.is_file():
+    if source.suffix == ".pth":
         work.write_bytes(damage_checkpoint(source, draw))
+        return source.name
+    if source.is_file():
+        change = draw.choice([damage_bytes, damage_safetensors, retype_safetensors])
+        work.write_bytes(change(source.read_bytes(), draw))
         return source.name
     shutil.copytree(source, work)
     names = [path.name for path in work.iterdir() if path.name != "README.md"]
@@ -280,10 +289,10 @@ def files_in(directory: Path) -> list[tuple[str, int, int]]:
 def attempt(work: Path, model: nn.Module, with_info: bool = True) -> str:
     """Uses a file in every way, and returns what came of it. Whatever is raised but an `MGFCError` is a fault."""
     outcomes = []
-    if work.is_file():
+    if work.suffix == ".pth":
         actions: list[Callable[[], Any]] = [lambda: convert_rein(work, work.parent / "out")]
     else:
-        actions = [lambda: wrap_and_run(work, model), lambda: load_head(work)]
+        actions = [lambda: wrap_and_run(work, model)] + [lambda: load_head(work)] * work.is_dir()
         actions += [lambda: info(work)] * with_info
     for action in actions:
         try:
@@ -311,7 +320,7 @@ def info(work: Path) -> None:
 
 
 def fuzz(
-    inputs: int, seed: int, report: Callable[[str], None] = print
+    inputs: int, seed: int, report: Callable[[str], None] = print, kinds: Sequence[str] = tuple(KINDS)
 ) -> tuple[collections.Counter[str], list[str], dict[str, Any]]:
     """Tries so many inputs.
 
@@ -329,10 +338,10 @@ def fuzz(
         before = state_of(model)
         for number in range(inputs):
             draw = random.Random(f"{seed}-{number}")
-            source = originals[draw.choices(list(originals), [6, 4, 1, 2])[0]]
+            source = originals[draw.choices(kinds, [KINDS[kind] for kind in kinds])[0]]
             room = Path(name) / "room"
             room.mkdir()
-            work = room / "input"
+            work = room / f"input{source.suffix}"
             label = f"seed {seed}, input {number}: {damage(source, work, draw)}"
             size = sum(path.stat().st_size for path in room.rglob("*") if path.is_file())
             listed, start = files_in(room), time.monotonic()
@@ -351,7 +360,7 @@ def fuzz(
                 faults.append(f"{label}: took {seconds:.1f} s")
             if peak.growth > 2 * size + SLACK:
                 faults.append(f"{label}: took {peak.growth >> 20} MiB for {size} bytes")
-            if files_in(room) != listed and not (source.is_file() and outcome == "loaded"):
+            if files_in(room) != listed and not (source.suffix == ".pth" and outcome == "loaded"):
                 faults.append(f"{label}: wrote files")
             if state_of(model) != before:
                 faults.append(f"{label}: changed the backbone")
@@ -371,7 +380,7 @@ def test_files_from_strangers_load_or_raise_our_errors() -> None:
     assert figures["seconds"] < 120
 
 
-@pytest.mark.parametrize("name", ["adapter", "peft", "rein"])
+@pytest.mark.parametrize("name", KINDS)
 def test_the_originals_load(name: str, tmp_path: Path) -> None:
     originals, model = write_originals(tmp_path), backbone()
     assert attempt(originals[name], model) == "loaded"
@@ -381,9 +390,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    counted, found, measured = fuzz(given.inputs, given.seed, lambda line: print(line, flush=True))
+    counted, found, measured = fuzz(given.inputs, given.seed, lambda line: print(line, flush=True), given.kinds)
     print("\n".join(found[:200]))
     print(f"{given.inputs} inputs in {measured['seconds']:.0f} s: {dict(counted.most_common())}; {len(found)} faults")
     print(f"slowest: {measured['slowest'][0]:.2f} s ({measured['slowest'][1]})")

@@ -822,3 +822,95 @@ def test_a_checkpoint_with_a_tensor_too_few(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(AdapterMismatchError, match=r"layers\.1\.low_rank\.up: expected in the file, found none"):
         wrap_backbone(tiny_vit(), tmp_path / "x.pt")
+
+
+# Configurations and tensors from strangers
+
+
+def change_config(directory: Path, value: Any, *keys: str) -> None:
+    values = content = json.loads((directory / "config.json").read_text())
+    for key in keys[:-1]:
+        values = values[key]
+    values[keys[-1]] = value
+    (directory / "config.json").write_text(json.dumps(content))
+
+
+CONFIG_VALUES: dict[str, tuple[Any, ...]] = {
+    "a list as a method": ([], "method"),
+    "a strength of 400 digits": (10**400, "calibration", "coarse", "strength"),
+    "a fingerprint of 400 digits": ([10**400] * 3, "backbone", "fingerprint"),
+    "layers of 5000 digits": ("first:" + "9" * 5000, "calibration", "layers"),
+    "prototypes": (2**62, "calibration", "medium", "num_prototypes"),
+    "prototypes within the bound": (60_000, "calibration", "medium", "num_prototypes"),
+    "a kernel": ({"kernel_size": 10**9 + 1}, "calibration", "fine"),
+    "classes": (10**18, "calibration", "num_classes"),
+    "more classes": (10**30, "calibration", "num_classes"),
+    "half a surrogate pair": ("\ud800", "license"),
+    "deep notes": (json.loads("[" * 500 + "]" * 500), "training", "x"),
+    "a version that is true": (True, "format_version"),
+    "version 0": (0, "format_version"),
+    "a checksum of something else": ({"model.safetensors": "0" * 64}, "checksums"),
+    "a checksum that is none": ({"model.safetensors": 3}, "checksums"),
+    "a head that is a list": ([1], "head"),
+    "a depth of texts": ("3", "backbone", "depth"),
+}
+
+
+@pytest.mark.parametrize("change", CONFIG_VALUES.values(), ids=CONFIG_VALUES)
+def test_configurations_from_strangers(change: tuple[Any, ...], saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_config(saved, *change)
+    refused(saved)
+    assert main(["info", str(saved)]) in (0, 1)
+    printed = capsys.readouterr()
+    (printed.out + printed.err).encode()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"in_channels": [32] * 16_000, "num_classes": 5},
+        {"in_channels": [32] * 200, "num_classes": 5, "hidden_dim": 8},
+        {"in_channels": [32, 32], "num_classes": 10**18, "hidden_dim": 8},
+        {"in_channels": [32, 32], "num_classes": 60_000, "hidden_dim": 8},
+        {"in_channels": [32, 10**10], "num_classes": 5, "hidden_dim": 8},
+        {"in_channels": [32, True], "num_classes": 5, "hidden_dim": 8},
+        {"in_channels": {"a": 32}, "num_classes": 5},
+    ],
+    ids=lambda arguments: str(arguments)[:40],
+)
+def test_arguments_of_a_head_from_strangers(arguments: dict[str, Any], saved: Path) -> None:
+    change_config(saved, arguments, "head", "arguments")
+    start = time.monotonic()
+    with pytest.raises((AdapterFileError, AdapterMismatchError)):
+        load_head(saved)
+    assert time.monotonic() - start < 1
+
+
+def change_tensors(path: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    save_file({key: change(key, value).contiguous() for key, value in load_file(path).items()}, path)
+    content = json.loads((path.parent / "config.json").read_text())
+    content.pop("checksums", None)
+    (path.parent / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["model.safetensors", "head.safetensors"])
+def test_number_formats_that_nothing_computes_with(saved: Path, name: str, dtype: torch.dtype) -> None:
+    change_tensors(saved / name, lambda key, value: value.to(dtype) if key.endswith(("total", "bias")) else value)
+    with pytest.raises(AdapterFileError, match="expected one of the number formats"):
+        wrap_backbone(tiny_vit(), saved) if name.startswith("model") else load_head(saved)
+
+
+def test_mixed_precisions_compute_together(saved: Path) -> None:
+    for name in ("model.safetensors", "head.safetensors"):
+        change_tensors(saved / name, lambda key, value: value.half() if len(key) % 2 else value)
+    head, vit = load_head(saved), wrap_backbone(tiny_vit(), saved)
+    assert {p.dtype for p in head.parameters()} == {torch.float32}
+    with torch.no_grad():
+        head([torch.randn(1, 32, 4, 6)] * 2)
+        vit(torch.randn(1, 3, 32, 32))
+
+
+def test_values_that_are_not_finite_are_not_loaded(saved: Path) -> None:
+    change_tensors(saved / "model.safetensors", lambda key, value: value / 0 if key.endswith("medium.source.total") else value)
+    refused(saved, "medium.source.total: expected finite numbers")
