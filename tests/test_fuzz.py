@@ -120,13 +120,13 @@ def damage_json(value: Any, draw: random.Random) -> Any:
     for _ in range(draw.choice([1, 1, 1, 2, 4])):
         places = list(walk(value))
         if not places:
-            return draw.choice(ODD)
+            return odd(draw)
         holder, key = draw.choice(places)
         kind = draw.randrange(8)
         if kind == 0:
             del holder[key]
         elif kind == 1 and isinstance(holder, dict):
-            holder[draw.choice([*holder, "x", "\ud800", "layers", "r", "loss_weight"])] = draw.choice(ODD)
+            holder[draw.choice([*holder, "x", "\ud800", "layers", "r", "loss_weight"])] = odd(draw)
         elif kind == 2 and type(holder[key]) in (int, float):
             holder[key] = draw.choice([holder[key] * 2, holder[key] + 1, -holder[key], holder[key] * 10**6, 0])
         elif kind == 3:
@@ -136,8 +136,12 @@ def damage_json(value: Any, draw: random.Random) -> Any:
             for _ in range(draw.choice([1, 10, 40, 200])):
                 holder[key] = [holder[key]] if draw.random() < 0.5 else {"x": holder[key]}
         else:
-            holder[key] = draw.choice(ODD)
+            holder[key] = odd(draw)
     return value
+
+
+def odd(draw: random.Random) -> Any:
+    return copy.deepcopy(draw.choice(ODD))
 
 
 def walk(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -212,7 +216,7 @@ def damage_checkpoint(path: Path, draw: random.Random) -> bytes:
             lambda v=value: torch.quantize_per_tensor(v, 1.0, 0, torch.qint8),
             lambda v=value: torch.full_like(v, float("nan")),
             lambda v=value: torch.zeros(draw.choice([(0,), (0, 7, 4), (5000, 2, 1), (3, 7, 5), ()])),
-            lambda v=value: draw.choice(ODD),
+            lambda v=value: odd(draw),
         ]
         state[name.replace("0", "1") if draw.random() < 0.1 else name] = draw.choice(kinds)()
     file = io.BytesIO()
@@ -368,7 +372,8 @@ def fuzz(
                 before = state_of(model)
             shutil.rmtree(room)
             if (number + 1) % 10_000 == 0:
-                report(f"{number + 1} inputs, {len(faults)} faults, {time.monotonic() - begin:.0f} s")
+                seconds = time.monotonic() - begin
+                report(f"{number + 1} inputs, {len(faults)} faults, {seconds:.0f} s, {figures}")
         figures["seconds"] = time.monotonic() - begin
     return outcomes, faults, figures
 

@@ -21,7 +21,7 @@ from mgfc.errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundE
 from mgfc.heads import SegmentationHead
 from mgfc.storage.format import CONFIG, HEAD, MUST_MATCH, WEIGHTS, calibration_of, read_config
 from mgfc.storage.legacy import is_new_since, upgrade_names, upgrade_tensors, warn_of_format
-from mgfc.storage.matching import compare_head, compare_sizes, compare_state, fill
+from mgfc.storage.matching import compare_head, compare_sizes, compare_state, fill, require_finite
 from mgfc.storage.parsing import named_in_our_words, read_json, shorten
 from mgfc.storage.snapshot import DirectoryFiles, Files, consistently
 from mgfc.storage.tensors import read_header, read_tensors
@@ -120,7 +120,10 @@ def read(source: str, files: Files, tower: Tower) -> tuple[Adapter, peft.Tuner |
 def _read_tuner(files: Files, sums: Mapping[str, str]) -> peft.Tuner:
     path = files(peft.CONFIG)
     values = read_json(path)
-    return make_config(values, path), read_tensors(files(peft.WEIGHTS), sums.get(peft.WEIGHTS))
+    weights = files(peft.WEIGHTS)
+    tensors = read_tensors(weights, sums.get(peft.WEIGHTS))
+    require_finite(tensors, str(weights))
+    return make_config(values, path), tensors
 
 
 def _adapter(config: AdapterConfig, tower: Tower) -> Adapter:

@@ -120,12 +120,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: str, *, masks: b
     Raises:
         AdapterFileError: if one of them holds values that are not finite; the module is as it was.
     """
+    require_finite(tensors, source, {name for name, _ in module.named_buffers()} if masks else ())
     own = module.state_dict()
-    infinite = {name for name, _ in module.named_buffers()} if masks else set()
-    for key, value in tensors.items():
-        problem = find_non_finite(value, nan_only=key in infinite)
-        if problem:
-            raise AdapterFileError(f"{source}: {key}: expected finite numbers, found {problem}. Fetch or save it again.")
     # A module of the user's keeps its parameters, with their device and dtype: an optimizer may hold them already.
     if not any(value.is_meta for value in own.values()):
         module.load_state_dict(tensors)
@@ -135,6 +131,14 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: str, *, masks: b
         for name, buffer in part.named_buffers(recurse=False):
             if buffer.is_meta:  # state of a run that no file holds, or statistics that its format did not know
                 setattr(part, name, torch.zeros_like(buffer, device="cpu"))
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str, masks: Collection[str] = ()) -> None:
+    """Raises `AdapterFileError` if a value is not finite; tensors named in `masks` may hold infinities."""
+    for key, value in tensors.items():
+        problem = find_non_finite(value, nan_only=key in masks)
+        if problem:
+            raise AdapterFileError(f"{source}: {key}: expected finite numbers, found {problem}. Fetch or save it again.")
 
 
 def _of_one_dtype(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

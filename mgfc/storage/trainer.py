@@ -22,7 +22,7 @@ from mgfc.storage.format import CONFIG, is_adapter
 from mgfc.storage.matching import compare_state, fill
 from mgfc.storage.parsing import named_in_our_words, read_json, shorten
 from mgfc.storage.snapshot import INCOMING
-from mgfc.storage.tensors import Entry, read_tensors
+from mgfc.storage.tensors import Entry, read_header, read_tensors
 
 _INDEX = "model.safetensors.index.json"
 _STATES = (_INDEX, "model.safetensors", "pytorch_model.bin")  # as Transformers and its Trainer name them
@@ -36,12 +36,28 @@ def find_checkpoint(source: str | os.PathLike[str]) -> Path | None:
     with named_in_our_words(path):
         if path.is_file():
             return path
-        if not path.is_dir() or (path / INCOMING).is_dir():
+        states = [path / name for name in _STATES if (path / name).is_file()] if path.is_dir() else []
+        if not states or _is_adapters(path):
             return None
-        states = [path / name for name in _STATES if (path / name).is_file()]
-        config = path / CONFIG
-        is_foreign = not config.is_file() or not is_adapter(read_json(config, _MAX_INDEX_BYTES))
-    return states[0] if states and is_foreign else None
+        return states[0] if _has_calibrators(states[0]) else None
+
+
+def _is_adapters(directory: Path) -> bool:
+    """Whether a directory is an adapter's, also while another process saves it for the first time."""
+    for path in (directory / CONFIG, directory / INCOMING / CONFIG, directory / CONFIG):
+        try:
+            return is_adapter(read_json(path, _MAX_INDEX_BYTES))
+        except AdapterNotFoundError:
+            continue
+        except AdapterFileError:
+            return True  # whose reader says what is wrong
+    return False
+
+
+def _has_calibrators(state: Path) -> bool:
+    if state.name == _INDEX:
+        return any(map(_is_entry, _read_index(state)))
+    return state.suffix != ".safetensors" or any(map(_is_entry, read_header(state)))
 
 
 def read_calibrators(path: Path, tower: Tower, config: AdapterConfig | None = None) -> Adapter:
@@ -109,11 +125,17 @@ def _is_entry(name: str) -> bool:
     return _ENTRY.fullmatch(name) is not None
 
 
-def _read_shards(path: Path) -> dict[str, Tensor]:
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor."""
     content = read_json(path, _MAX_INDEX_BYTES)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not all(isinstance(name, str) and Path(name).name == name for name in places.values()):
         raise AdapterFileError(f"{path}: expected the file of each tensor, found a damaged index. Fetch or save it again.")
+    return places
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    places = _read_index(path)
     tensors: dict[str, Tensor] = {}
     for name in sorted({place for key, place in places.items() if _is_entry(key)}):
         tensors |= read_tensors(path.parent / name, only=_is_entry)
