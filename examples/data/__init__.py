@@ -8,7 +8,6 @@ looked up in a folder of data sets: the one that is given, else that of the envi
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -61,13 +60,9 @@ def unpack(archive: Path, target: Path) -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file that is there whole or not at all."""
-    descriptor, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        shutil.copymode(path.parent, part)
-        os.chmod(part, os.stat(part).st_mode & 0o666)
+        part.write_bytes(content)
         os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    finally:
+        part.unlink(missing_ok=True)

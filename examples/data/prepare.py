@@ -71,7 +71,7 @@ def read_label(content: bytes, layout: Layout) -> NDArray[np.integer[Any]]:
             image = image.resize(layout.size, Image.Resampling.NEAREST)
         values = np.asarray(image)
     if layout.colours:
-        return pack_colour(*np.moveaxis(values.astype(np.int32), 2, 0))
+        return np.asarray(pack_colour(*np.moveaxis(values.astype(np.int32), 2, 0)))
     return values if values.ndim == 2 else values[..., 0]  # SYNTHIA: the class, then the instance
 
 
