@@ -1,8 +1,8 @@
 """Finds data sets by path or by name, and unpacks the one that comes with the repository.
 
 A data set is a folder of `images/NAME.jpg` or `.png`, `labels/NAME.png` and `splits/SPLIT.txt`, one name a line. Names are
-looked up in a folder of data sets: the one that is given, else that of the environment variable `MGFC_DATA`, else
-`unpacked` beside this file, which git ignores.
+looked up in a folder of data sets: that of the environment variable `MGFC_DATA`, else `unpacked` beside this file, which
+git ignores.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ HERE = Path(__file__).parent
 SYNTH_TOWN = "synth_town"
 
 
-def home(folder: str | os.PathLike[str] | None = None) -> Path:
-    """The folder that data sets are in: `folder`, else `MGFC_DATA`, else the one beside this file."""
-    return Path(folder or os.environ.get("MGFC_DATA") or HERE / "unpacked").expanduser()
+def home() -> Path:
+    """The folder that data sets are in: that of `MGFC_DATA`, else the one beside this file."""
+    return Path(os.environ.get("MGFC_DATA") or HERE / "unpacked").expanduser()
 
 
 def find(data: str | os.PathLike[str], folder: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of a data set; synth_town is unpacked when it is first asked for.
+    """The folder of a data set; synth_town is unpacked into `home()` when it is first asked for.
 
     Args:
-        data: path of a data set, or its name in the folder of data sets.
-        folder: that folder; see `home` for what None means.
+        data: path of a data set, or its name in a folder of data sets.
+        folder: such a folder to look into before `home()`. Nothing is written to it.
 
     Raises:
-        FileNotFoundError: if it is at neither place.
+        FileNotFoundError: if it is at none of these places.
     """
-    root = home(folder)
-    for place in (Path(data).expanduser(), root / data):
+    places = [Path(data).expanduser(), *([] if folder is None else [Path(folder) / data]), home() / data]
+    for place in places:
         if (place / "splits").is_dir():
             return place
     if Path(data) == Path(SYNTH_TOWN):
-        return unpack(HERE / f"{SYNTH_TOWN}.zip", root / SYNTH_TOWN)
+        return unpack(HERE / f"{SYNTH_TOWN}.zip", home() / SYNTH_TOWN)
     raise FileNotFoundError(
-        f"No data set {data}: neither {Path(data)} nor {root / data} holds a folder `splits`. Give its path, or name the "
+        f"No data set {data}: none of {', '.join(map(str, places))} holds a folder `splits`. Give its path, or name the "
         f"folder that holds it with MGFC_DATA. `python examples/data/prepare.py --help` makes some from their archives."
     )
 

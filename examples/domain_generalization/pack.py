@@ -31,7 +31,7 @@ def write(
 
     Args:
         out: the folder, which must not be there yet.
-        data: holds the data sets; None for where `data.find` looks for them.
+        data: holds the data sets, or some of them; the others are where `data.find` looks.
         backbone: Transformers directory of the backbone; None for the Hub.
         scale: an entry of `plan.SCALES`.
         split: "development" or "test" frames of the unseen domains.
