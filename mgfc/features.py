@@ -116,7 +116,8 @@ class FeatureMaps(nn.Module):
         Raises:
             CalibrationError: if a block was not called or its patches have no grid.
         """
-        self._forward.maps = found = {}
+        found: dict[int, Tensor] = {}
+        self._forward.maps = found
         try:
             run = getattr(self.backbone, "forward_features", self.backbone)
             run(images, **{**self._options, **kwargs})
