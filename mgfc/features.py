@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mgfc.backbones.description import block_widths, max_extra_tokens, token_orders
+from mgfc.backbones.description import block_widths, is_hierarchical, max_extra_tokens, token_orders
 from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.layout import pick_tensor, view_patches
@@ -73,7 +73,7 @@ class FeatureMaps(nn.Module):
             tower = find_tower(backbone, blocks)
             widths = [block_widths(block).dim for block in tower.modules()]
             self._orders = token_orders(tower)
-            self._tracker = GridTracker(max_extra_tokens(tower))
+            self._tracker = GridTracker(max_extra_tokens(tower), is_hierarchical(tower))
         depth = len(widths)
         if not out_indices or not all(-depth <= index < depth for index in out_indices):
             raise ConfigError(f"out_indices: expected block indices of a backbone of {depth} blocks, found {out_indices!r}.")
@@ -96,6 +96,8 @@ class FeatureMaps(nn.Module):
         if tensor is None:
             return
         dim = self.channels[self.out_indices.index(index)]
+        if index == min(self.out_indices) and not is_recomputing():
+            self._tracker.begin()
         self._tracker.enter(args, kwargs)
         view = view_patches(tensor, dim, self._orders[index], self._tracker, output)
         # Conditional work would make a checkpoint's recomputation differ from its forward, so only the storing is.
