@@ -23,7 +23,7 @@ def randomise(module: nn.Module, std: float = 0.3) -> None:
         for part in module.modules():
             if isinstance(part, CoarseCalib):
                 mean = torch.randn_like(part.source.value[0]) * std
-                part.source.set(torch.stack([mean, mean.square() + std**2]), 3)
+                part.source.set(torch.stack([mean, mean.square() + (std / 3) ** 2]), 3)
             elif isinstance(part, MediumCalib):
                 share = torch.randn(part.num_prototypes, 1).softmax(dim=0)
                 centroids = torch.randn(part.num_prototypes, part.source.value.shape[1] // 2)
