@@ -168,6 +168,8 @@ class BlockHooks:
         record = self.active.adapter.record(self.index)
         inside = output.permute(0, 2, 3, 1) if moved else output
         adapted = channels_back(layer.low_rank(tokens, inside, channels, record), moved)
+        if moved and output.is_contiguous():
+            adapted = adapted.contiguous()  # in another memory format, what follows runs other kernels
         if self.watched:
             self.adapted = not torch.equal(adapted, output)
         return adapted
