@@ -26,12 +26,12 @@ def find(data: str | os.PathLike[str], folder: str | os.PathLike[str] | None = N
 
     Args:
         data: path of a data set, or its name in a folder of data sets.
-        folder: such a folder to look into before `home()`. Nothing is written to it.
+        folder: such a folder to look into first. Nothing is written to it.
 
     Raises:
         FileNotFoundError: if it is at none of these places.
     """
-    places = [Path(data).expanduser(), *([] if folder is None else [Path(folder) / data]), home() / data]
+    places = [*([] if folder is None else [Path(folder) / data]), Path(data).expanduser(), home() / data]
     for place in places:
         if (place / "splits").is_dir():
             return place
