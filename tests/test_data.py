@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -452,6 +453,33 @@ class TestFind:
         image, label = scenes[399]
         assert (image.mode, image.size, label.mode, label.size) == ("RGB", (480, 360), "P", (480, 360))
         assert set(np.unique(label)) <= {*range(11), X}
+
+
+def test_calibration_observes_whole_images_in_random_order_photographed_anew(tmp_path: Path) -> None:
+    from streets import StreetScenes, normalise, observed
+
+    contents = {f"images/{i}.png": picture(i) for i in range(6)} | {
+        f"labels/{i}.png": png(np.zeros((12, 16))) for i in range(6)
+    }
+    write_files(tmp_path, contents | {"splits/train.txt": b"0 1 2 3 4 5"})
+    scenes = StreetScenes(tmp_path, "train")
+    plain = [normalise(image) for image, _ in scenes]
+    found = [image[0] for image in observed(scenes, 100, (12, 16), seed=1)]
+
+    def nearest(image: torch.Tensor) -> int:
+        return max(range(6), key=lambda index: torch.corrcoef(torch.stack([image.ravel(), plain[index].ravel()]))[0, 1].item())
+
+    order = [nearest(image) for image in found]
+    assert sorted(order) == list(range(6)) != order
+    assert not any(torch.equal(image, plain[index]) for image, index in zip(found, order, strict=True))
+    again = list(observed(scenes, 4, (24, 32), seed=1))
+    assert [image.shape for image in again] == [(1, 3, 24, 32)] * 4
+
+
+def test_prepare_is_a_command_that_runs_anywhere(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "data" / "prepare.py"
+    done = subprocess.run([sys.executable, script, "gta5", "--from", "none"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "none is missing.\n")
 
 
 class TestSynthTown:
