@@ -190,7 +190,10 @@ def test_refinement_reaches_successors_and_feature_maps(case: Case) -> None:
         leading, end = case.leading[index], staged.shape[1] - case.trailing[index]
         assert torch.equal(staged[:, :leading], bare[index][:, :leading])
         assert torch.equal(staged[:, end:], bare[index][:, end:])
-        assert not torch.equal(staged[:, leading:end], bare[index][:, leading:end]) or calibration.layers[str(index)].medium is None
+        assert (
+            not torch.equal(staged[:, leading:end], bare[index][:, leading:end])
+            or calibration.layers[str(index)].medium is None
+        )
 
 
 PATCHES_GIVEN = ("NaFlexVit-packed", "Siglip2VisionModel", "Llama4VisionModel", "Gemma4VisionModel")
