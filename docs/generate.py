@@ -195,7 +195,7 @@ def pages() -> dict[Path, str]:
     measured, of_two = (tables.sections(plan.RESULTS, "medium", min_seeds=count) for count in (3, 2))
     # The one table that says how many seeds a row has.
     measured |= {name: text for name, text in of_two.items() if name.endswith(" peers")}
-    ablations, gains = ({n: measured.pop(n) for n in list(measured) if n.endswith(f" {e}")} for e in ("ablations", "gains"))
+    ablations, gains = ({n: measured.pop(n) for n in list(measured) if f" {part}" in n} for part in ("ablations", "gains"))
     benchmark = {"benchmark": measured.pop("summary"), "gains": measured.pop("gains")}
     parts = {
         ROOT / "README.md": {"supported": summary(), "results": results(), **benchmark},

@@ -189,6 +189,19 @@ def gains_table(runs: Runs) -> str:
     return report.markdown(["unseen mIoU", "without", "calibrated", *(f"change, {of}" for of in LEADS)], rows)
 
 
+def gains_by_target(runs: Runs) -> str:
+    """A row a method: what mgfc's calibration, put on afterwards, changes on each clean set and corruption."""
+    rows, names = [], []
+    for method in TITLES:
+        before, after = uncalibrated(runs, method), runs.of(method, AFTERWARDS)
+        if before and after:
+            values = report.by_target(before[0], "miou")
+            names = ["in-domain", *report.clean(values), *report.corrupted(values)]
+            changes = [report.difference(report.by_seed(after, n), report.by_seed(before, n)).mean for n in names]
+            rows.append([TITLES[method], *(f"{change:+.1f}" for change in changes)])
+    return report.markdown(["change of mIoU", *names], rows)
+
+
 def gains_summary(by_source: Mapping[str, Runs]) -> str:
     """A row a method that has runs from every source: trained parameters, unseen mIoU without and with calibration."""
     rows = []
@@ -252,6 +265,7 @@ def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
         parts[f"{source} controls"] = controls_table(runs)
         parts[f"{source} leads"] = leads_table(runs)
         parts[f"{source} gains"] = gains_table(runs)
+        parts[f"{source} gains by target"] = gains_by_target(runs)
         parts[f"{source} targets"] = targets_table(runs)
         parts[f"{source} classes"] = classes_table(runs, "dusk")
         if runs.ours():
