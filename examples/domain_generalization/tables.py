@@ -16,6 +16,7 @@ from domain_generalization.variants import AFTERWARDS, ALIGNMENTS, AS_TRAINED, C
 
 OURS = "mgfc"
 OURS_VARIANT = AFTERWARDS  # what mgfc's row of every table is
+PLOTTED_SEEDS = 3
 TITLES = {
     "frozen": "head on the frozen backbone",
     "full": "full fine-tuning",
@@ -202,6 +203,18 @@ def gains_by_target(runs: Runs) -> str:
     return report.markdown(["change of mIoU", *names], rows)
 
 
+def without_and_with(runs: Runs) -> Groups:
+    """Runs of each method without and with mgfc's calibration, by what the plot calls them."""
+    groups: dict[str, Sequence[Record]] = {}
+    for method, title in TITLES.items():
+        plain = title.strip("*")
+        forms = {f"{plain}, without": uncalibrated(runs, method), f"{plain}, calibrated": runs.of(method, AFTERWARDS)}
+        if method == OURS:
+            forms = {f"{plain}, without": uncalibrated(runs, method), title: runs.ours()}
+        groups |= {name: found for name, found in forms.items() if found}
+    return groups
+
+
 def gains_summary(by_source: Mapping[str, Runs]) -> str:
     """A row a method that has runs from every source: trained parameters, unseen mIoU without and with calibration."""
     rows = []
@@ -278,5 +291,6 @@ def show(results: Path, scale: str, draw: Path | None) -> None:
     for name, text in sections(results, scale).items():
         print(f"## {name}\n\n{text}\n")
     if draw is not None:
-        by_source = gather(results, scale, "peers")
-        plot({source: runs.by_method() for source, runs in by_source.items()}, TITLES, draw)
+        drawn = {source: without_and_with(runs) for source, runs in gather(results, scale, "peers", PLOTTED_SEEDS).items()}
+        titles = dict.fromkeys(title for groups in drawn.values() for title in groups)
+        plot(drawn, {title: title for title in titles}, draw)
