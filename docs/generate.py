@@ -160,7 +160,7 @@ def recipe(trained: Mapping[str, Mapping[str, Any]]) -> str:
     options = (
         f"--steps {steps} --batch-size {batch} --size {size.replace(' x', '')} --lr {lr} --head-lr {head_lr} --seed {seed}"
     )
-    places = "--test ../shared/data/camvid:day ../shared/data/camvid:dusk"
+    places = "--test camvid:day camvid:dusk"
     command = f"python examples/train_minimal.py {options} \\\n  {places} --out"
     minutes = max(item["minutes"] for item in trained.values())
     how = "".join(f"; {line}" for line in unique(item.get("evaluation", "") for item in trained.values()))
