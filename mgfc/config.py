@@ -206,7 +206,7 @@ class MGFCConfig(_Config):
 
 @dataclass(frozen=True)
 class ReinConfig(_Config):
-    """Rein's low-rank tokens in place of mgfc's calibrators (see `ReinCalib`), as `mgfc convert-rein` writes them.
+    """Rein's low-rank tokens (see `ReinCalib`), as `mgfc convert-rein` writes them.
 
     Args:
         num_tokens: learnt tokens m of each block.

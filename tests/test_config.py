@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mgfc import CoarseConfig, ConfigError, FineConfig, MediumConfig, MGFCConfig, MGFCError
-from mgfc.adapter import select_layers
+from mgfc.layers import select_layers
 
 CONFIGS = [
     MGFCConfig(),
