@@ -89,9 +89,7 @@ CONFIGS = [
     MGFCConfig(rank=32, layers="last:2"),
     MGFCConfig(rank=4, layers=(0, -1), coarse=None, medium=None, fine=None),
     MGFCConfig(rank=4, coarse=CoarseConfig(0.3, 0.5), medium=None, fine=FineConfig(5, layers=(0, 1))),
-    MGFCConfig(
-        4, "all", CoarseConfig(1, 0.0, 0.1), MediumConfig(7, 0.2, 1, "all", 1), FineConfig(3, "all", 1), num_classes=6
-    ),
+    MGFCConfig(4, "all", CoarseConfig(1, 0.0, 0.1), MediumConfig(7, 0.2, 1, "all", 1), FineConfig(3, "all", 1), num_classes=6),
     MGFCConfig(rank=None),
     MGFCConfig(rank=None, coarse=CoarseConfig(), medium=None),
 ]
@@ -608,7 +606,11 @@ TEXTS = {
     "listed notes": (changed([1], "training"), AdapterFileError, ["training to be a dict or null, found [1]"]),
     "unknown key": (changed(1, "calibration", "dropout"), AdapterFileError, ["unknown key 'dropout'", "upgrade mgfc"]),
     "unknown stage key": (changed(1, "calibration", "fine", "x"), AdapterFileError, ["FineConfig: unknown key 'x'"]),
-    "wrong type": (changed("8", "calibration", "rank"), AdapterFileError, ["MGFCConfig.rank: expected an int > 0 or None, found '8'"]),
+    "wrong type": (
+        changed("8", "calibration", "rank"),
+        AdapterFileError,
+        ["MGFCConfig.rank: expected an int > 0 or None, found '8'"],
+    ),
     "rank beyond the width": (
         changed(64, "calibration", "rank"),
         AdapterMismatchError,
