@@ -143,10 +143,12 @@ def test_steps_do_not_depend_on_the_batches_of_the_pass() -> None:
 def test_modes_and_statistics_after_an_exception() -> None:
     vit = trained().train()
     vit.blocks[1].eval()
-    with only_statistics_change(vit), pytest.raises(RuntimeError), vit.calibration.observing():
+    handle = vit.blocks[2].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with only_statistics_change(vit), pytest.raises(ZeroDivisionError), vit.calibration.observing():
         vit(SOURCE[:8])
-        vit(SOURCE[:8, :2])
+    handle.remove()
     value = statistics(vit.calibration.adapter)
+    assert vit.calibration.adapter.coarse.source.ready and not vit.calibration.layers["2"].medium.source.ready
     vit.eval()(OTHER)
     assert all(torch.equal(a, b) for a, b in zip(value, statistics(vit.calibration.adapter), strict=True))
 
