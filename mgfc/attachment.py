@@ -145,8 +145,11 @@ class Attachment(Adapters):
         `unfuse`. Calling it twice changes nothing.
 
         Raises:
-            CalibrationError: if a weight is quantised, sharded or under an adapter of PEFT's; nothing is changed then.
+            CalibrationError: if a weight is quantised, sharded or under an adapter of PEFT's, or the calibrators are
+                disabled; nothing is changed then.
         """
+        if not self.enabled:
+            raise CalibrationError("The calibrators are disabled. Fuse the low-rank adapters outside of disabled().")
         if not self.active.fused:
             self._fused = fusing.fuse(self.backbone, self.blocks, self.adapter)
             self.active.fused = True

@@ -31,7 +31,8 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict: nested configurations as dicts, tuples as lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in _as_items(self)}
+        items = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        return {k: v.to_dict() if isinstance(v, _Config) else list(v) if isinstance(v, tuple) else v for k, v in items}
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -75,14 +76,6 @@ class _Config:
     def _check_weight(self, weight: float) -> None:
         valid = _is_number(weight) and weight >= 0
         expect(valid, f"{type(self).__name__}.loss_weight", "a finite number >= 0", weight)
-
-
-def _as_items(config: _Config) -> list[tuple[str, Any]]:
-    items = []
-    for field in fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        items.append((field.name, value.to_dict() if isinstance(value, _Config) else value))
-    return items
 
 
 @dataclass(frozen=True)
@@ -193,6 +186,9 @@ class MGFCConfig(_Config):
             expect(valid, f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
         valid = self.num_classes is None or (_is_int(self.num_classes) and self.num_classes > 0)
         expect(valid, "MGFCConfig.num_classes", "an int > 0 or None", self.num_classes)
+        if self.rank is None and "coarse" in self.loss_weights:
+            expected = "0 without low-rank adapters, which the loss reads and trains"
+            expect(False, "CoarseConfig.loss_weight", expected, self.loss_weights["coarse"])
         if self.loss_weights:
             expected = "the number of label categories, since a loss_weight is above 0"
             expect(self.num_classes is not None, "MGFCConfig.num_classes", expected, None)

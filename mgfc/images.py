@@ -75,8 +75,10 @@ class ImageHook:
     @contextmanager
     def scene(self, images: Tensor) -> Iterator[None]:
         """Within it, images are calibrated by the statistics of these, as `Calibration.scene` says."""
-        before = self._forward.scene
-        self._forward.scene = None if self.coarse is None else self.coarse.statistics(images)
+        before, coarse = self._forward.scene, self.coarse
+        if coarse is not None:
+            _require_images(images, coarse.source.total.shape[-1])
+        self._forward.scene = None if coarse is None else coarse.statistics(images)
         try:
             yield
         finally:
@@ -135,3 +137,11 @@ class ImageHook:
         if not torch.compiler.is_compiling():
             self._forward.statistics = found.detach()
         return found
+
+
+def _require_images(images: Tensor, channels: int) -> None:
+    shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
+        raise CalibrationError(
+            f"scene: expected images (B, {channels}, H, W), found {shape}. Give whole images as the backbone gets them."
+        )

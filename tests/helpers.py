@@ -83,11 +83,14 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 def only_layer(calibration: Calibration, index: int) -> None:
     """Makes one block's calibrator the only one with an effect."""
     for key, layer in calibration.layers.items():
-        nn.init.normal_(layer.low_rank.up) if int(key) == index else nn.init.zeros_(layer.low_rank.up)
-        if layer.fine is not None and int(key) != index:
+        if int(key) == index:
+            randomise(layer)
+            nn.init.normal_(layer.low_rank.up)
+            continue
+        forget(layer)
+        nn.init.zeros_(layer.low_rank.up)
+        if layer.fine is not None:
             nn.init.zeros_(layer.fine.gate)
-        if int(key) != index:
-            forget(layer)
     if calibration.adapter.coarse is not None:
         forget(calibration.adapter.coarse)
 

@@ -190,10 +190,8 @@ def test_refinement_reaches_successors_and_feature_maps(case: Case) -> None:
         leading, end = case.leading[index], staged.shape[1] - case.trailing[index]
         assert torch.equal(staged[:, :leading], bare[index][:, :leading])
         assert torch.equal(staged[:, end:], bare[index][:, end:])
-        assert (
-            not torch.equal(staged[:, leading:end], bare[index][:, leading:end])
-            or calibration.layers[str(index)].medium is None
-        )
+        has_stage = calibration.layers[str(index)].medium is not None
+        assert torch.equal(staged[:, leading:end], bare[index][:, leading:end]) != has_stage
 
 
 PATCHES_GIVEN = ("NaFlexVit-packed", "Siglip2VisionModel", "Llama4VisionModel", "Gemma4VisionModel")
@@ -508,7 +506,7 @@ def test_default_budget() -> None:
         total = sum(p.numel() for p in vit.parameters())
         shares[name] = 100 * wrap_backbone(vit).calibration.num_parameters / total
         assert shares[name] <= limit, shares
-    assert math.isclose(shares["small"], 1.75, abs_tol=0.01)
+    assert math.isclose(shares["small"], 1.67, abs_tol=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
