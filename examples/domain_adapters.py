@@ -1,7 +1,7 @@
 """One backbone and one head, and a set of calibrators for each domain: tunes, switches and merges the sets.
 
 python examples/domain_adapters.py --steps 100 --out runs/domains \
-    --domain day ../shared/data/camvid train_day val_day --domain dusk ../shared/data/camvid train_dusk test_dusk
+    --domain day camvid train_day val_day --domain dusk camvid train_dusk test_dusk
 """
 
 from __future__ import annotations

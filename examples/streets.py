@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from data import find
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ PALETTE = {
 CLASSES = tuple(PALETTE)
 IGNORE = 255
 Pair = tuple[Image.Image, Image.Image]
+SIZE = (336, 448)  # (height, width) that whole images are given to a model at
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -44,12 +47,13 @@ class StreetScenes(Dataset[tuple[Image.Image, Image.Image]]):
     """Pairs of an RGB image and its label map, as PIL images.
 
     Args:
-        root: holds `images/NAME.jpg`, `labels/NAME.png` and `splits/SPLIT.txt`, one name a line.
+        root: holds `images/NAME.jpg` or `.png`, `labels/NAME.png` and `splits/SPLIT.txt`, one name a line; or the name of a
+            data set that `data.find` finds, such as synth_town.
         split: which names.
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
-        self.root = Path(root)
+        self.root = find(root)
         self.names = (self.root / "splits" / f"{split}.txt").read_text().split()
 
     def __len__(self) -> int:
@@ -60,7 +64,8 @@ class StreetScenes(Dataset[tuple[Image.Image, Image.Image]]):
 
     def __getitem__(self, index: int) -> Pair:
         name = self.names[index]
-        with Image.open(self.root / "images" / f"{name}.jpg") as image:
+        path = self.root / "images" / f"{name}.jpg"
+        with Image.open(path if path.exists() else path.with_suffix(".png")) as image:
             image = image.convert("RGB")
         with Image.open(self.root / "labels" / f"{name}.png") as label:
             label.load()
@@ -122,6 +127,18 @@ def jitter(image: Image.Image, draw: random.Random) -> Image.Image:
     return image
 
 
+def photographed_anew(image: Image.Image, seed: int, index: int) -> Image.Image:
+    """A whole image as calibration observes it: with brightness, contrast and colour changed as in training."""
+    return jitter(image, random.Random(f"{seed} observed {index}"))
+
+
+def observed(scenes: StreetScenes, count: int, size: tuple[int, int], seed: int) -> Iterator[Tensor]:
+    """So many of the scenes in random order, photographed anew, at the size that `evaluate` gives a model: (1, 3, H, W)."""
+    for index in random.Random(seed).sample(range(len(scenes)), min(count, len(scenes))):
+        image = photographed_anew(scenes[index][0], seed, index)
+        yield normalise(image.resize(size[::-1], Image.Resampling.BILINEAR)).unsqueeze(0)
+
+
 def normalise(image: Image.Image) -> Tensor:
     """An RGB image as (3, H, W), with ImageNet's mean and standard deviation."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -143,7 +160,7 @@ class Scores:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, scenes: Iterable[Pair], size: tuple[int, int] = (336, 448), title: str = "") -> Scores:
+def evaluate(model: nn.Module, scenes: Iterable[Pair], size: tuple[int, int] = SIZE, title: str = "") -> Scores:
     """Scores a model at the labels' own resolution.
 
     Args:
@@ -168,6 +185,13 @@ def evaluate(model: nn.Module, scenes: Iterable[Pair], size: tuple[int, int] = (
     ious = 100 * table.diag() / union.clamp_min(1)
     present = table.sum(1) > 0
     return Scores({name: ious[k].item() for k, name in enumerate(CLASSES) if present[k]})
+
+
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Writes what a run goes on from; the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
 
 
 def save_bare_head(head: SegmentationHead, directory: str | Path, training: dict[str, Any]) -> None:

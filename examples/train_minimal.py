@@ -1,19 +1,18 @@
 """Trains calibrators and a segmentation head on one domain and scores them on others, in plain PyTorch.
 
-python examples/train_minimal.py --out runs/adapter --test ../shared/data/camvid:day ../shared/data/camvid:dusk
+python examples/train_minimal.py --out runs/adapter --test camvid:day camvid:dusk
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from backbone import HUB_ID, load_dinov2_small
-from streets import CLASSES, IGNORE, StreetScenes, TrainingCrops, evaluate, save_bare_head
+from streets import CLASSES, IGNORE, SIZE, StreetScenes, TrainingCrops, evaluate, observed, save_bare_head, save_checkpoint
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,12 +21,10 @@ from tqdm import tqdm
 
 from mgfc import FeatureMaps, SegmentationHead, wrap_backbone
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DATA / "synth_town", help="data set; its split `train` is used")
+    parser.add_argument("--data", type=Path, default=Path("synth_town"), help="path or name of a data set with a split `train`")
     parser.add_argument("--backbone", type=Path, help="Transformers directory of a DINOv2 (default: from the Hub)")
     parser.add_argument("--out", type=Path, default=Path("runs/adapter"))
     parser.add_argument("--bare", action="store_true", help="no calibrators: the same head on the frozen backbone")
@@ -36,6 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--lr", type=float, default=1e-3, help="of the calibrators")
     parser.add_argument("--head-lr", type=float, default=1e-3)
     parser.add_argument("--size", type=int, nargs=2, default=(196, 266), metavar=("H", "W"), help="of a crop")
+    parser.add_argument("--observe", type=int, default=240, help="training images to gather the statistics from afterwards")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
@@ -102,9 +100,7 @@ def train(model: nn.Sequential, vit: nn.Module, args: argparse.Namespace, checkp
             trained = {name: value for name, value in model.state_dict().items() if name not in frozen}
             state = {"run": run, "step": step, "trained": trained, "rng": torch.get_rng_state()}
             state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, checkpoint.with_suffix(".part"))
-            os.replace(checkpoint.with_suffix(".part"), checkpoint)
+            save_checkpoint(state, checkpoint)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -115,8 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     checkpoint = args.out.with_name(args.out.name + ".checkpoint.pt")
     start = time.perf_counter()
     train(model, vit, args, checkpoint)
+    if not args.bare:
+        with vit.calibration.observing():  # the source's statistics, of whole images and by the model as it is now
+            for image in tqdm(observed(StreetScenes(args.data, "train"), args.observe, SIZE, args.seed), desc="observing"):
+                model[0](image)
     minutes = (time.perf_counter() - start) / 60
-    print(f"Trained in {minutes:.1f} min")
 
     metrics = {}
     for place in [args.val or f"{args.data}:val", *args.test]:
@@ -129,12 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         "metrics": metrics,
         "datasets": [args.data.name],
         "recipe": f"{args.steps} steps of {args.batch_size} crops of {args.size[0]} x {args.size[1]}, AdamW, "
-        f"learning rate {args.lr:g} (head {args.head_lr:g}), seed {args.seed}",
+        f"learning rate {args.lr:g} (head {args.head_lr:g}), seed {args.seed}"
+        + ("" if args.bare else f", then statistics of {args.observe} whole images"),
         "backbone weights": vit.weights_source,
         "evaluation": "images at 336 x 448, IoU at the labels' own resolution",
         "minutes": round(minutes, 1),
+        **({"note": args.note} if args.note else {}),
     }
-    training |= {"note": args.note} if args.note else {}
     if args.bare:
         save_bare_head(head, args.out, training)
     else:

@@ -16,8 +16,10 @@ from mgfc.calibrators.linear import PlainLinear
 from mgfc.calibrators.low_rank import LowRank
 from mgfc.calibrators.rein import ReinShared
 from mgfc.calibrators.running import RunningMean, is_recomputing
-from mgfc.config import AdapterConfig, FineConfig, Layers, MediumConfig, MGFCConfig, ReinConfig, expect
+from mgfc.config import AdapterConfig, FineConfig, MediumConfig, MGFCConfig, ReinConfig
+from mgfc.distributed import whole
 from mgfc.errors import CalibrationError, ConfigError
+from mgfc.layers import select_layers
 from mgfc.losses import check_labels, coarse_loss, fine_loss, label_boundaries, label_mix, medium_loss
 
 GRANULARITIES = ("coarse", "medium", "fine")
@@ -115,6 +117,12 @@ class Adapter(nn.Module):
         """Whether the statistics were gathered after training, in one pass over the source."""
         return all(bool(mean.observed) for mean in self.statistics)
 
+    @property
+    def learnt(self) -> bool:
+        """Whether the low-rank adapters are no longer as they were made; True if there are none."""
+        ups = [whole(p.detach()) for name, p in self.named_parameters() if name.endswith("low_rank.up")]
+        return not ups or any(bool(up.any()) for up in ups)
+
     def count_stages(self) -> Iterator[tuple[int, dict[str, int]]]:
         """Parameters of each block's stages, by block index."""
         for key, layer in self.layers.items():
@@ -195,31 +203,6 @@ def _build_layers(config: MGFCConfig, indices: tuple[int, ...], widths: Sequence
             FineCalib(dim, fine.kernel_size) if fine and index in in_fine else None,
         )
     return layers
-
-
-def select_layers(layers: Layers, depth: int, where: str, among: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The block indices that a `layers` value names, ascending, for a backbone of `depth` blocks.
-
-    Args:
-        layers: "all", "first:n", "last:n" or block indices.
-        depth: blocks of the backbone.
-        where: the field, for errors.
-        among: the only blocks to choose from; "first:n" and "last:n" then count these, and take all if they are fewer.
-
-    Raises:
-        ConfigError: if it names a block that is not there.
-    """
-    blocks = tuple(range(depth) if among is None else among)
-    if isinstance(layers, str):
-        kind, _, count = layers.partition(":")
-        if kind == "all":
-            return blocks
-        expect(among is not None or int(count) <= depth, where, f"at most the backbone's {depth} blocks", layers)
-        return blocks[: int(count)] if kind == "first" else blocks[-int(count) :]
-    chosen = {i % depth if -depth <= i < depth else i for i in layers}
-    expected = f"block indices of a backbone of {depth} blocks" if among is None else f"calibrated blocks, that is, {blocks}"
-    expect(chosen <= set(blocks), where, expected, layers)
-    return tuple(sorted(chosen))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mgfc import fusing, peft
 from mgfc.adapter import Adapter
 from mgfc.adapters import Adapters
-from mgfc.backbones.description import max_extra_tokens, token_orders
+from mgfc.backbones.description import is_hierarchical, max_extra_tokens, token_orders
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.freezing import Frozen
 from mgfc.backbones.grid import GridTracker, stem_hooks
@@ -43,7 +43,7 @@ class Attachment(Adapters):
     def __init__(self, tower: Tower, adapter: Adapter, name: str = "default") -> None:
         super().__init__(name, adapter, tower.root)
         self.block_names = tower.blocks
-        self._tracker = GridTracker(max_extra_tokens(tower))
+        self._tracker = GridTracker(max_extra_tokens(tower), is_hierarchical(tower))
         orders = enumerate(zip(tower.blocks, token_orders(tower), strict=True))
         self.blocks = [BlockHooks(block, i, order, self._tracker, self.active) for i, (block, order) in orders]
         self.images = ImageHook(self.active)
@@ -145,8 +145,11 @@ class Attachment(Adapters):
         `unfuse`. Calling it twice changes nothing.
 
         Raises:
-            CalibrationError: if a weight is quantised, sharded or under an adapter of PEFT's; nothing is changed then.
+            CalibrationError: if a weight is quantised, sharded or under an adapter of PEFT's, or the calibrators are
+                disabled; nothing is changed then.
         """
+        if not self.enabled:
+            raise CalibrationError("The calibrators are disabled. Fuse the low-rank adapters outside of disabled().")
         if not self.active.fused:
             self._fused = fusing.fuse(self.backbone, self.blocks, self.adapter)
             self.active.fused = True

@@ -23,7 +23,7 @@ from mgfc.backbones.layout import (
     view_patches,
 )
 from mgfc.calibrators import CalibLayer, ReinCalib
-from mgfc.calibrators.running import as_one_batch
+from mgfc.calibrators.running import as_one_batch, is_recomputing
 from mgfc.errors import CalibrationError
 
 Arguments = tuple[Any, ...]
@@ -136,6 +136,8 @@ class BlockHooks:
 
     def _enter(self, block: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         """Before the block."""
+        if self.index == 0 and not is_recomputing():
+            self.tracker.begin()
         self.tracker.enter(args, kwargs)
         self.active.adapter.start_record(self.index)
 
@@ -166,6 +168,8 @@ class BlockHooks:
         record = self.active.adapter.record(self.index)
         inside = output.permute(0, 2, 3, 1) if moved else output
         adapted = channels_back(layer.low_rank(tokens, inside, channels, record), moved)
+        if moved and output.is_contiguous():
+            adapted = adapted.contiguous()  # in another memory format, what follows runs other kernels
         if self.watched:
             self.adapted = not torch.equal(adapted, output)
         return adapted

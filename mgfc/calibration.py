@@ -138,8 +138,8 @@ class Calibration(Attachment):
 
     def loss(self, labels: Tensor, ignore_index: int = 255) -> Tensor:
         """The sum of `losses`: a scalar to add to the task's loss; 0 with all weights at 0 and in eval mode."""
-        start = torch.zeros((), device=labels.device)
-        return sum(self.losses(labels, ignore_index).values(), start=start)
+        losses = self.losses(labels, ignore_index)
+        return sum(losses.values(), start=torch.zeros((), device=labels.device))
 
     def check(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> list[BlockReport]:
         r"""Runs one forward and reports what each calibrated block saw.

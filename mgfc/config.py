@@ -32,9 +32,8 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict: nested configurations as dicts, tuples as lists."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        decoded = {key: value.to_dict() if isinstance(value, _Config) else value for key, value in values.items()}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in decoded.items()}
+        items = ((field.name, getattr(self, field.name)) for field in fields(self))  # type: ignore[arg-type]
+        return {k: v.to_dict() if isinstance(v, _Config) else list(v) if isinstance(v, tuple) else v for k, v in items}
 
     @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
@@ -188,9 +187,12 @@ class MGFCConfig(_Config):
         self._check_layers(self.layers)
         for name, stage_class in _stage_classes().items():
             stage = getattr(self, name)
-            valid = stage is None or isinstance(stage, stage_class)
-            expect(valid, f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
+            expect(isinstance(stage, stage_class | None), f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
         self._check_size("num_classes", optional=True)
+        if self.rank is None and "coarse" in self.loss_weights:
+            expect(
+                False, "CoarseConfig.loss_weight", "0 without low-rank adapters, which it trains", self.loss_weights["coarse"]
+            )
         if self.loss_weights:
             expected = "the number of label categories, since a loss_weight is above 0"
             expect(self.num_classes is not None, "MGFCConfig.num_classes", expected, None)
@@ -204,7 +206,7 @@ class MGFCConfig(_Config):
 
 @dataclass(frozen=True)
 class ReinConfig(_Config):
-    """Rein's low-rank tokens in place of mgfc's calibrators (see `ReinCalib`), as `mgfc convert-rein` writes them.
+    """Rein's low-rank tokens (see `ReinCalib`), as `mgfc convert-rein` writes them.
 
     Args:
         num_tokens: learnt tokens m of each block.

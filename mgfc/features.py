@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -13,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mgfc.backbones.description import block_widths, max_extra_tokens, token_orders
+from mgfc.backbones.description import block_widths, is_hierarchical, max_extra_tokens, token_orders
 from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.layout import pick_tensor, view_patches
@@ -22,10 +23,20 @@ from mgfc.distributed import gathered
 from mgfc.errors import CalibrationError, ConfigError
 
 
+class _Forward(threading.local):
+    """The maps of the forward that this thread is in, by block; None outside."""
+
+    maps: dict[int, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[_Forward], tuple[()]]:
+        return _Forward, ()
+
+
 class FeatureMaps(nn.Module):
     """Runs a backbone and returns what leaves chosen blocks as maps, ready for any segmentation head.
 
     The backbone may be wrapped before or after; its calibrators' refinement is in the maps. No final norm is applied.
+    Threads may run one model at once.
 
     Args:
         backbone: a timm or Transformers vision transformer, or a host of one.
@@ -62,7 +73,7 @@ class FeatureMaps(nn.Module):
             tower = find_tower(backbone, blocks)
             widths = [block_widths(block).dim for block in tower.modules()]
             self._orders = token_orders(tower)
-            self._tracker = GridTracker(max_extra_tokens(tower))
+            self._tracker = GridTracker(max_extra_tokens(tower), is_hierarchical(tower))
         depth = len(widths)
         if not out_indices or not all(-depth <= index < depth for index in out_indices):
             raise ConfigError(f"out_indices: expected block indices of a backbone of {depth} blocks, found {out_indices!r}.")
@@ -73,7 +84,7 @@ class FeatureMaps(nn.Module):
         self.scales = None if scales is None else tuple(scales)
         modules = tower.modules()
         self.channels = [widths[index] for index in self.out_indices]
-        self._maps: dict[int, Tensor] | None = None
+        self._forward = _Forward()
         stem_hooks(tower.root, tower.blocks, self._tracker)
         for index in sorted(set(self.out_indices)):
             modules[index].register_forward_hook(functools.partial(self._capture, index), with_kwargs=True)
@@ -85,11 +96,14 @@ class FeatureMaps(nn.Module):
         if tensor is None:
             return
         dim = self.channels[self.out_indices.index(index)]
+        if index == min(self.out_indices) and not is_recomputing():
+            self._tracker.begin()
         self._tracker.enter(args, kwargs)
         view = view_patches(tensor, dim, self._orders[index], self._tracker, output)
         # Conditional work would make a checkpoint's recomputation differ from its forward, so only the storing is.
-        if self._maps is not None and view.grid is not None and not is_recomputing():
-            self._maps[index] = rearrange(view.patches, "b (h w) c -> b c h w", h=view.grid[0])
+        maps = self._forward.maps
+        if maps is not None and view.grid is not None and not is_recomputing():
+            maps[index] = rearrange(view.patches, "b (h w) c -> b c h w", h=view.grid[0])
 
     def forward(self, images: Tensor, **kwargs: Any) -> list[Tensor]:
         """Runs the backbone.
@@ -104,13 +118,13 @@ class FeatureMaps(nn.Module):
         Raises:
             CalibrationError: if a block was not called or its patches have no grid.
         """
-        self._maps = {}
+        found: dict[int, Tensor] = {}
+        self._forward.maps = found
         try:
             run = getattr(self.backbone, "forward_features", self.backbone)
             run(images, **{**self._options, **kwargs})
-            found = self._maps
         finally:
-            self._maps = None
+            self._forward.maps = None
         missing = [index for index in self.out_indices if index not in found]
         if missing:
             raise CalibrationError(

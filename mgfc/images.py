@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,12 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mgfc.adapter import Adapter
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import first_tensor
 from mgfc.backbones.stem import image_entry
 from mgfc.blocks import Active
 from mgfc.calibrators import CoarseCalib
 from mgfc.errors import CalibrationError
+
+FROZEN = (
+    "A forward in training mode found the calibrators frozen, so that they learn nothing. If that is meant, call "
+    "calibration.eval(); else call calibration.set_adapter(calibration.active_adapter) after what froze them."
+)
+EMPTY = (
+    "The statistics of the source are empty, so that coarse and medium calibration have no effect. Gather them: "
+    "`with backbone.calibration.observing(): ...`, and call the model on images of the source in it."
+)
 
 
 class _Forward(threading.local):
@@ -47,6 +58,8 @@ class ImageHook:
     def __init__(self, active: Active) -> None:
         self.active = active
         self.called = False
+        self._warned: set[str] = set()
+        self._seen: int | None = None
         self._forward = _Forward()
 
     @property
@@ -62,8 +75,10 @@ class ImageHook:
     @contextmanager
     def scene(self, images: Tensor) -> Iterator[None]:
         """Within it, images are calibrated by the statistics of these, as `Calibration.scene` says."""
-        before = self._forward.scene
-        self._forward.scene = None if self.coarse is None else self.coarse.statistics(images)
+        before, coarse = self._forward.scene, self.coarse
+        if coarse is not None:
+            _require_images(images, coarse.source.total.shape[-1])
+        self._forward.scene = None if coarse is None else coarse.statistics(images)
         try:
             yield
         finally:
@@ -81,6 +96,8 @@ class ImageHook:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the patch embedding."""
         coarse, images = self.coarse, first_tensor(args, kwargs)
+        if self.active.enabled and not torch.compiler.is_compiling():
+            self._look_out(self.active.adapter)
         if coarse is None or images is None or images.ndim != 4:
             return None
         self.called = True
@@ -90,6 +107,25 @@ class ImageHook:
             return None
         new_args = tuple(calibrated if value is images else value for value in args)
         return new_args, {key: calibrated if value is images else value for key, value in kwargs.items()}
+
+    def _look_out(self, adapter: Adapter) -> None:
+        """Warns once, early, of calibrators that cannot learn, or that learnt without the statistics that they need."""
+        parameters = list(adapter.parameters())
+        if adapter.training:
+            if parameters and torch.is_grad_enabled() and not any(p.requires_grad for p in parameters):
+                self._warn(FROZEN)
+        elif not any(mean.observing for mean in adapter.statistics):
+            # Only after something changed a parameter, as an optimizer does.
+            version = 0 if any(p.is_inference() for p in parameters) else sum(p._version for p in parameters)
+            if version != self._seen:
+                self._seen = version
+                if adapter.num_batches == 0 and adapter.learnt:
+                    self._warn(EMPTY)
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
 
     def _statistics(self, coarse: CoarseCalib, images: Tensor) -> Tensor:
         """Of the scenes that the images are, or are parts of."""
@@ -101,3 +137,11 @@ class ImageHook:
         if not torch.compiler.is_compiling():
             self._forward.statistics = found.detach()
         return found
+
+
+def _require_images(images: Tensor, channels: int) -> None:
+    shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != channels or len(images) == 0:
+        raise CalibrationError(
+            f"scene: expected images (B, {channels}, H, W), found {shape}. Give whole images as the backbone gets them."
+        )

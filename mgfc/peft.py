@@ -61,7 +61,8 @@ def _guard_class() -> type[nn.Module]:
 
 def froze(parameters: Iterable[nn.Parameter], backbone: nn.Module) -> bool:
     """Whether an adapter of PEFT's, put into a backbone after the calibrators, froze these parameters."""
-    return not any(p.requires_grad for p in parameters) and next(tuner_layers(backbone), None) is not None
+    flags = [p.requires_grad for p in parameters]
+    return bool(flags) and not any(flags) and next(tuner_layers(backbone), None) is not None
 
 
 def inject(backbone: nn.Module, config: PeftConfig, state: dict[str, Tensor] | None = None) -> None:

@@ -22,15 +22,13 @@ def randomise(module: nn.Module, std: float = 0.3) -> None:
             parameter.normal_(std=std)
         for part in module.modules():
             if isinstance(part, CoarseCalib):
-                part.source.value.normal_(std=std)
-                part.source.value[1] = part.source.value[0].square() + std**2
-                part.source.count.fill_(3)
+                mean = torch.randn_like(part.source.value[0]) * std
+                part.source.set(torch.stack([mean, mean.square() + (std / 3) ** 2]), 3)
             elif isinstance(part, MediumCalib):
                 share = torch.randn(part.num_prototypes, 1).softmax(dim=0)
                 centroids = torch.randn(part.num_prototypes, part.source.value.shape[1] // 2)
                 moments = torch.ones_like(share), centroids, centroids.square() + std**2
-                part.source.value.copy_(share * torch.cat(moments, dim=1))
-                part.source.count.fill_(3)
+                part.source.set(share * torch.cat(moments, dim=1), 3)
 
 
 def settle(module: nn.Module) -> None:
@@ -38,7 +36,7 @@ def settle(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, RunningMean):
             part.count.fill_(torch.inf)
-            part.momentum = 0.0
+            part.window = torch.inf
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -85,9 +83,21 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 def only_layer(calibration: Calibration, index: int) -> None:
     """Makes one block's calibrator the only one with an effect."""
     for key, layer in calibration.layers.items():
-        nn.init.normal_(layer.up.weight) if int(key) == index else nn.init.zeros_(layer.up.weight)
-        if layer.fine is not None and int(key) != index:
+        if int(key) == index:
+            randomise(layer)
+            nn.init.normal_(layer.low_rank.up)
+            continue
+        forget(layer)
+        nn.init.zeros_(layer.low_rank.up)
+        if layer.fine is not None:
             nn.init.zeros_(layer.fine.gate)
-        for part in layer.modules():
-            if isinstance(part, RunningMean) and int(key) != index:
-                part.count.zero_()
+    if calibration.adapter.coarse is not None:
+        forget(calibration.adapter.coarse)
+
+
+def forget(module: nn.Module) -> None:
+    """Empties running statistics."""
+    for part in module.modules():
+        if isinstance(part, RunningMean):
+            for buffer in part.buffers():
+                buffer.zero_()

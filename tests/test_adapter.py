@@ -100,7 +100,7 @@ def test_state_dicts_and_copies_hold_all(vit: nn.Module) -> None:
     other = wrap_backbone(bare(), MGFCConfig(rank=8))
     other.calibration.add_adapter("fog", MGFCConfig(rank=8))
     other.load_state_dict(vit.state_dict())
-    nn.init.zeros_(vit.calibration.layers["0"].up.weight)
+    nn.init.zeros_(vit.calibration.layers["0"].low_rank.up)
     for model in (twin, other):
         assert all(same(out, found[name]) for name, out in outputs(model).items())
 

@@ -24,7 +24,6 @@ from mgfc.backbones.layout import (
     WindowOrder,
     channels_back,
     channels_last,
-    extra_tokens,
     padding,
     pick_tensor,
     put_tensor,
@@ -250,10 +249,15 @@ def test_where_a_feed_forward_network_begins(name: str, entry: list[str], hidden
 def test_extra_tokens_around_the_patches() -> None:
     tracker = GridTracker(max_extra=3)
     tracker.recent = ((4, 6),)
-    assert extra_tokens(torch.zeros(2, 27, 8), RasterOrder(0, 1), tracker) == (2, 1)
-    assert extra_tokens(torch.zeros(2, 50, 8), RasterOrder(2, 1), tracker) == (2, 1), "as declared where there is no grid"
-    assert extra_tokens(torch.zeros(8, 7, 8), WindowOrder(2, 1), tracker) == (1, 0)
-    assert extra_tokens(torch.zeros(2, 4, 6, 8), RasterOrder(2, 1), tracker) == (0, 0)
+
+    def around(tensor: Tensor, order: Any) -> tuple[int, int]:
+        found = view_patches(tensor, 8, order, tracker)
+        return found.leading, found.trailing
+
+    assert around(torch.zeros(2, 27, 8), RasterOrder(0, 1)) == (2, 1)
+    assert around(torch.zeros(2, 50, 8), RasterOrder(2, 1)) == (2, 1), "as declared where there is no grid"
+    assert around(torch.zeros(8, 7, 8), WindowOrder(2, 1)) == (1, 0)
+    assert around(torch.zeros(2, 4, 6, 8), RasterOrder(2, 1)) == (0, 0)
 
 
 @pytest.mark.parametrize(("shape", "moved"), [((2, 12, 8), False), ((2, 3, 4, 8), False), ((2, 8, 3, 4), True)], ids=str)

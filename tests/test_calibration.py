@@ -52,7 +52,7 @@ SIZES = {**helpers.SIZES, "num_classes": 5}
 def make(config: MGFCConfig | None = None, *, trained: bool = True, **kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", **{"dynamic_img_size": True, **SIZES, **kwargs})
-    wrap_backbone(vit, config or MGFCConfig(rank=8))
+    wrap_backbone(vit, config or MGFCConfig(rank=8, fine=FineConfig()))
     if trained:
         randomise(vit.calibration)
     return vit
@@ -169,7 +169,7 @@ def test_losses_of_stages_on_some_blocks() -> None:
     config = MGFCConfig(
         rank=8,
         num_classes=5,
-        coarse=CoarseConfig(layers="last:1", loss_weight=1.0),
+        coarse=CoarseConfig(loss_weight=1.0),
         medium=MediumConfig(layers=(1,), loss_weight=1.0),
         fine=FineConfig(layers="last:1", loss_weight=1.0),
     )
@@ -438,7 +438,7 @@ def test_padding_is_left_alone() -> None:
     for image in range(len(valid)):
         alone = output({key: value[image : image + 1] for key, value in batch.items()})
         torch.testing.assert_close(refined[image, valid[image]], alone[0, valid[image]])
-    nn.init.zeros_(layer.up.weight)
+    nn.init.zeros_(layer.low_rank.up)
     refined = output(batch)
     with model.calibration.disabled():
         bare = output(batch)
@@ -520,7 +520,7 @@ def test_summary_counts_every_parameter() -> None:
     shared = int(lines[3].split()[1].replace(",", ""))
     assert sum(map(sum, rows.values())) + shared == calibration.num_parameters
     assert f"{calibration.num_parameters:,} parameters" in lines[-2]
-    assert lines[-1] == "statistics of 3 training batches"
+    assert lines[-1] == "statistics of 3 batches, gathered during training"
     without = make(MGFCConfig(rank=8, coarse=None, medium=None)).calibration
     assert without.num_batches is None and "statistics" not in without.summary()
 
@@ -560,7 +560,7 @@ def test_detached_calibration_says_so() -> None:
     with pytest.raises(CalibrationError, match="not attached to a backbone"):
         calibration.check(torch.randn(1, 3, 32, 48))
     widths = [block_widths(block) for block in model.blocks]
-    assert Adapter(MGFCConfig(rank=8), widths).num_parameters == calibration.num_parameters
+    assert Adapter(calibration.config, widths).num_parameters == calibration.num_parameters
 
 
 def test_stage_outside_the_calibrated_blocks() -> None:

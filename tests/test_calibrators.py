@@ -16,25 +16,46 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgfc import CalibLayer, CoarseCalib, FineCalib, MediumCalib
-from mgfc.calibrators.running import RunningMean, as_one_batch
+from mgfc.calibrators import LowRank
+from mgfc.calibrators.running import as_one_batch
 
 Make = Callable[[int], nn.Module]
 
 
+class Pixels(nn.Module):
+    """The coarse stage with the pixels of images as tokens, so that what holds of every stage is tested of each."""
+
+    def __init__(self, dim: int, strength: float = 1.0) -> None:
+        super().__init__()
+        self.stage = CoarseCalib(dim, strength)
+        self.source, self.strength = self.stage.source, strength
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return self.stage(as_images(tokens, grid)).flatten(2).mT
+
+    def observe(self, tokens: Tensor) -> None:
+        self.stage.observe(as_images(tokens))
+
+
+def as_images(tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    return tokens.mT.unflatten(2, grid or (1, tokens.shape[1]))
+
+
 class Block(nn.Module):
-    """A block that does nothing else: its feed-forward network is the identity, of one width, and its input is added."""
+    """A block that does nothing else: its feed-forward network is the identity, of one width."""
 
     def __init__(self, layer: CalibLayer) -> None:
         super().__init__()
         self.layer = layer
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return self.layer(tokens + self.layer.expand(self.layer.reduce(tokens)), grid)
+        adapted = tokens if self.layer.low_rank is None else self.layer.low_rank(tokens, tokens)
+        return self.layer(adapted, grid)
 
 
 def full_layer(dim: int, rank: int | None = None, hidden: int | None = None) -> CalibLayer:
-    rank = rank or max(dim // 2, 1)
-    return CalibLayer(dim, dim, hidden or dim, rank, CoarseCalib(dim), MediumCalib(dim, 5), FineCalib(dim))
+    low_rank = LowRank(dim, hidden or dim, rank or max(dim // 2, 1))
+    return CalibLayer(dim, low_rank, MediumCalib(dim, 5), FineCalib(dim))
 
 
 def full_block(dim: int) -> Block:
@@ -42,7 +63,7 @@ def full_block(dim: int) -> Block:
 
 
 STAGES = {
-    "coarse": CoarseCalib,
+    "coarse": Pixels,
     "medium": MediumCalib,
     "fine": FineCalib,
 }
@@ -99,11 +120,11 @@ def test_works_in_a_module_of_the_users_own(make: Make) -> None:
 @pytest.mark.parametrize(
     ("make", "is_spatial"),
     [
-        (CoarseCalib, False),
+        (Pixels, False),
         (MediumCalib, False),
         (FineCalib, True),
         (full_block, True),
-        (lambda dim: Block(CalibLayer(dim, dim, dim, 4, CoarseCalib(dim), MediumCalib(dim))), False),
+        (lambda dim: Block(CalibLayer(dim, LowRank(dim, dim, 4), MediumCalib(dim))), False),
     ],
     ids=["coarse", "medium", "fine", "layer", "layer without fine"],
 )
@@ -129,7 +150,7 @@ def test_a_flipped_map_gives_the_flipped_result(make: Make) -> None:
     assert not torch.allclose(expected, flipped, atol=1e-2)
 
 
-@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+@pytest.mark.parametrize("make", [Pixels, MediumCalib], ids=["coarse", "medium"])
 def test_token_wise_stages_follow_any_permutation(make: Make) -> None:
     module, tokens, order = active(make).double(), torch.randn(2, 20, 12, dtype=torch.float64), torch.randperm(20)
     torch.testing.assert_close(module(tokens[:, order]), module(tokens)[:, order], rtol=0, atol=1e-12)
@@ -146,16 +167,30 @@ def test_images_of_a_batch_do_not_mix(make: Make) -> None:
 
 
 def coarse_by_hand(module: CoarseCalib, image: Tensor) -> Tensor:
-    """One image (N, C)."""
-    mean = sum(image) / len(image)
-    deviation = (sum((x - mean) ** 2 for x in image) / len(image) + 1e-6).sqrt()
-    found = torch.cat([mean, deviation.log()])
-    expected, square = module.source.value.flatten(1)
-    distance = ((found - expected) ** 2 / (square - expected**2)).mean()
+    """One image (C, H, W), of which the rows and columns at the border that are 0 in all channels are padding."""
+    channels, height, width = image.shape
+    filled = [(y, x) for y in range(height) for x in range(width) if any(image[c, y, x] != 0 for c in range(channels))]
+    rows, columns = [y for y, _ in filled], [x for _, x in filled]
+    pixels = [(y, x) for y in range(min(rows), max(rows) + 1) for x in range(min(columns), max(columns) + 1)]
+    means, logs = [], []
+    for channel in image:
+        mean = sum(channel[y, x] for y, x in pixels) / len(pixels)
+        variance = sum((channel[y, x] - mean) ** 2 for y, x in pixels) / len(pixels)
+        means.append(mean)
+        logs.append((variance + 1e-6).sqrt().log())
+    expected, square = module.source.value
+    distance = 0.0
+    for c in range(channels):
+        for k, found in enumerate((means[c], logs[c])):
+            distance += (expected[k, c] - found) ** 2 / (square[k, c] - expected[k, c] ** 2) / (2 * channels)
     strength = module.strength * max(0.0, 1 - 0.5 / distance)
-    source_mean, source_deviation = expected[: len(mean)], expected[len(mean) :].exp()
-    stretch = (source_deviation / deviation) ** strength
-    return torch.stack([mean + strength * (source_mean - mean) + stretch * (x - mean) for x in image])
+    result = image.clone()
+    for c in range(channels):
+        mean = means[c] + strength * (expected[0, c] - means[c])
+        stretch = (expected[1, c].exp() / logs[c].exp()) ** strength
+        for y, x in pixels:
+            result[c, y, x] = mean + stretch * (image[c, y, x] - means[c])
+    return result
 
 
 def medium_by_hand(module: MediumCalib, image: Tensor) -> Tensor:
@@ -199,11 +234,14 @@ def fine_by_hand(module: FineCalib, image: Tensor, grid: tuple[int, int]) -> Ten
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
-def test_coarse_is_its_equation(strength: float) -> None:
-    module, tokens = CoarseCalib(6, strength).double(), torch.randn(2, 12, 6, dtype=torch.float64)
+@pytest.mark.parametrize("channels", [1, 4, 12])
+def test_coarse_is_its_equation(strength: float, channels: int) -> None:
+    module = CoarseCalib(channels, strength).double()
     randomise(module)
-    expected = torch.stack([coarse_by_hand(module.eval(), image) for image in tokens])
-    torch.testing.assert_close(module(tokens, (3, 4)), expected, rtol=0, atol=1e-12)
+    images = 2 * torch.randn(2, channels, 3, 4, dtype=torch.float64) + 1
+    expected = torch.stack([coarse_by_hand(module.eval(), image) for image in images])
+    torch.testing.assert_close(module(images), expected, rtol=0, atol=1e-12)
+    assert torch.allclose(expected, images, rtol=0, atol=1e-12) == (strength == 0)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
@@ -223,14 +261,28 @@ def test_fine_is_its_equation(kernel_size: int, grid: tuple[int, int]) -> None:
     torch.testing.assert_close(module(tokens, grid), expected, rtol=0, atol=1e-12)
 
 
-def test_layer_is_its_equations_with_the_stages_from_coarse_to_fine() -> None:
+def test_layer_is_its_equations_with_the_stages_from_medium_to_fine() -> None:
     layer, tokens = full_layer(10, 6, hidden=15).double(), torch.randn(2, 12, 10, dtype=torch.float64)
     randomise(layer.eval())
-    inside = [2 * (image @ layer.down.weight.T) @ layer.up.weight.T for image in tokens]
-    torch.testing.assert_close(layer.expand(layer.reduce(tokens)), torch.stack(inside), rtol=0, atol=1e-12)
-    after = [medium_by_hand(layer.medium, coarse_by_hand(layer.coarse, image)) for image in tokens]
+    after = [medium_by_hand(layer.medium, image) for image in tokens]
     expected = torch.stack([fine_by_hand(layer.fine, image, (3, 4)) for image in after])
     torch.testing.assert_close(layer(tokens, (3, 4)), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [slice(None), slice(4, 9)], ids=["all", "some"])
+@pytest.mark.parametrize("shape", [(2, 12), (2, 3, 4)], ids=["tokens", "map"])
+def test_low_rank_is_its_equation(channels: slice, shape: tuple[int, ...]) -> None:
+    low_rank, tokens = LowRank(10, 15, 6).double(), torch.randn(*shape, 10, dtype=torch.float64)
+    output = torch.randn(*shape, 15, dtype=torch.float64)[..., channels]
+    assert torch.equal(low_rank(tokens, output, channels), output)
+    randomise(low_rank)
+    record: dict[str, Tensor] = {}
+    down, up = low_rank.down.T, low_rank.up.T[:, channels]
+    expected = torch.stack([h + 2 * f @ down @ up for f, h in zip(tokens, output, strict=True)])
+    torch.testing.assert_close(low_rank(tokens, output, channels, record), expected, rtol=0, atol=1e-12)
+    scene = torch.stack([(f @ down).flatten(0, -2).mean(dim=0) for f in tokens])
+    torch.testing.assert_close(record["scene"], scene, rtol=0, atol=1e-12)
+    torch.testing.assert_close(2 * tokens @ down @ up, tokens @ low_rank.weight(channels).T, rtol=0, atol=1e-12)
 
 
 # The high-pass
@@ -276,8 +328,8 @@ def trained_on(module: nn.Module, tokens: Tensor, batches: int = 60) -> nn.Modul
 @pytest.mark.parametrize(
     ("make", "shift", "scale"),
     [
-        (partial(CoarseCalib, strength=0.7), 2.0, 1.0),
-        (partial(CoarseCalib, strength=0.7), 0.0, 0.5),
+        (partial(Pixels, strength=0.7), 2.0, 1.0),
+        (partial(Pixels, strength=0.7), 0.0, 0.5),
         (partial(MediumCalib, strength=0.4), 2.0, 1.0),
     ],
     ids=["coarse, shifted", "coarse, flattened", "medium, shifted"],
@@ -296,10 +348,10 @@ def test_medium_leaves_other_shares_of_the_categories_alone_and_coarse_does_not(
     sky = source[:, :1].expand(-1, 45, -1) + 0.1 * torch.randn(8, 45, 12)
     more_sky = torch.cat([sky, source[:, :15]], dim=1)
     moved = {}
-    for make in (CoarseCalib, MediumCalib):
+    for make in (Pixels, MediumCalib):
         module = trained_on(make(12), source)
         moved[make] = (module(more_sky, (6, 10)) - more_sky).square().mean() / module.strength**2
-    assert moved[MediumCalib] < 0.1 * moved[CoarseCalib]
+    assert moved[MediumCalib] < 0.1 * moved[Pixels]
 
 
 def test_prototypes_find_the_categories() -> None:
@@ -314,7 +366,7 @@ def test_prototypes_find_the_categories() -> None:
         assert (categories == categories.mode().values).float().mean() > 0.95
 
 
-@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+@pytest.mark.parametrize("make", [Pixels, MediumCalib], ids=["coarse", "medium"])
 def test_training_changes_no_token_and_evaluation_learns_nothing(make: Make) -> None:
     module, tokens = make(12).train(), torch.randn(2, 20, 12)
     for _ in range(2):
@@ -331,18 +383,18 @@ def test_the_statistics_of_a_layer_are_those_of_the_tokens_that_leave_its_block(
     layer, tokens = full_layer(12), torch.randn(2, 20, 12)
     randomise(layer)
     layer.train()
-    for stage in (layer.coarse, layer.medium):
-        alone = copy.deepcopy(stage)
-        alone.observe(tokens)
-        layer(tokens, (4, 5))
-        assert torch.equal(stage.source.value, alone.source.value)
+    alone = copy.deepcopy(layer.medium)
+    alone.observe(tokens)
+    before = layer.medium.source.value
+    layer(tokens, (4, 5))
+    assert torch.equal(layer.medium.source.value, alone.source.value) and not torch.equal(alone.source.value, before)
 
 
 def test_an_image_like_the_sources_stays_as_it_is_and_one_far_off_is_drawn_all_the_way() -> None:
     source = domain(0.0, 1.0)
-    module = trained_on(CoarseCalib(12, strength=1.0), source)
+    module = trained_on(Pixels(12), source)
     expected, square = module.source.value
-    inside = source[:1] - module.shift(source[:1])  # any image
+    inside = source[:1]  # any image
     usual = (inside - inside.mean(1)) / inside.std(1, correction=0) * expected[1].exp() + expected[0]
     assert torch.equal(module(usual), usual)
     mean, spread = module(usual + 1000.0).mean(dim=1)[0], (square - expected.square()).sqrt()[0]
@@ -353,8 +405,7 @@ def test_a_category_like_the_sources_stays_as_it_is_and_one_far_off_is_drawn_to_
     module = MediumCalib(12, num_prototypes=4).eval()
     centroids = 3 * torch.eye(4, 12)
     with torch.no_grad():
-        module.source.value.copy_(torch.cat([torch.ones(4, 1), centroids, centroids.square() + 0.1**2], dim=1) / 4)
-        module.source.count.fill_(1)
+        module.source.set(torch.cat([torch.ones(4, 1), centroids, centroids.square() + 0.1**2], dim=1) / 4)
     usual = centroids.repeat(15, 1).unsqueeze(0)
     assert torch.equal(module(usual), usual)
     inside, outside = usual.clone(), usual.clone()
@@ -367,20 +418,8 @@ def test_a_category_like_the_sources_stays_as_it_is_and_one_far_off_is_drawn_to_
     assert (module(outside) - outside)[:, others].abs().max() < 1e-3, "the other categories stay"
 
 
-def test_a_running_mean_is_plain_at_first_and_exponential_later() -> None:
-    mean, values = RunningMean(3, momentum=0.25), torch.randn(10, 3)
-    expected = torch.zeros(3)
-    for index, value in enumerate(values):
-        torch.testing.assert_close(mean.value, expected)
-        assert mean.ready == min(index, 1)
-        mean.observe(value)
-        expected = expected + max(1 / (index + 1), 0.25) * (value - expected)
-    mean.eval().observe(values[0])
-    torch.testing.assert_close(mean.value, expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+@pytest.mark.parametrize("make", [Pixels, MediumCalib], ids=["coarse", "medium"])
 def test_statistics_stay_in_full_precision(make: Make, dtype: torch.dtype) -> None:
     """Those of channels that lie far from zero, whose variance half precision could not hold."""
     source = domain(0.0, 1.0) + 20
@@ -391,7 +430,7 @@ def test_statistics_stay_in_full_precision(make: Make, dtype: torch.dtype) -> No
     assert {buffer.dtype for buffer in module.double().buffers()} == {torch.float64}
 
 
-@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+@pytest.mark.parametrize("make", [Pixels, MediumCalib], ids=["coarse", "medium"])
 def test_squares_of_large_activations_fit_into_the_statistics_of_half_precision(make: Make) -> None:
     module = make(12).to(torch.float16).train()
     for _ in range(2):
@@ -399,7 +438,7 @@ def test_squares_of_large_activations_fit_into_the_statistics_of_half_precision(
     assert all(buffer.isfinite().all() for buffer in module.buffers())
 
 
-@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+@pytest.mark.parametrize("make", [Pixels, MediumCalib], ids=["coarse", "medium"])
 def test_images_that_pass_one_by_one_are_one_batch(make: Make) -> None:
     together, apart = (trained_on(make(12), domain(0.0, 1.0), batches=2).train() for _ in range(2))
     tokens = domain(1.0, 0.8)[:3]
@@ -416,7 +455,7 @@ def test_images_that_pass_one_by_one_are_one_batch(make: Make) -> None:
     assert fresh.source.count == 1
 
 
-@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib], ids=["coarse", "medium"])
+@pytest.mark.parametrize("make", [Pixels, MediumCalib], ids=["coarse", "medium"])
 def test_a_recomputation_under_checkpointing_counts_no_batch_twice(make: Make) -> None:
     plain, checkpointed = (trained_on(make(12), domain(0.0, 1.0), batches=3).train() for _ in range(2))
     tokens = domain(1.0, 0.8)[:2].requires_grad_()
@@ -429,7 +468,7 @@ def test_a_recomputation_under_checkpointing_counts_no_batch_twice(make: Make) -
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), checkpointed.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("make", [CoarseCalib, MediumCalib, full_block], ids=["coarse", "medium", "layer"])
+@pytest.mark.parametrize("make", [Pixels, MediumCalib, full_block], ids=["coarse", "medium", "layer"])
 def test_constant_maps_and_single_patches_stay_finite(make: Make) -> None:
     module = make(12).train()
     for tokens in (torch.ones(2, 6, 12), torch.zeros(2, 6, 12), torch.randn(1, 1, 12)):
@@ -442,20 +481,21 @@ def test_constant_maps_and_single_patches_stay_finite(make: Make) -> None:
 # The layer
 
 
-@pytest.mark.parametrize("stages", [(), ("coarse",), ("medium",), ("fine",), ("coarse", "fine")], ids=str)
-def test_every_choice_of_stages(stages: tuple[str, ...]) -> None:
-    layer = CalibLayer(16, 16, 16, 8, **{name: STAGES[name](16) for name in stages})
+@pytest.mark.parametrize("stages", [(), ("medium",), ("fine",), ("medium", "fine")], ids=str)
+@pytest.mark.parametrize("rank", [8, None])
+def test_every_choice_of_stages(rank: int | None, stages: tuple[str, ...]) -> None:
+    layer = CalibLayer(16, rank and LowRank(16, 16, rank), **{name: STAGES[name](16) for name in stages})
     tokens = torch.randn(2, 12, 16)
     assert torch.equal(Block(layer)(tokens, (3, 4)), tokens)
-    assert {name.split(".")[0] for name in layer.state_dict()} == {"down", "up", *stages}
+    assert {name.split(".")[0] for name in layer.state_dict()} == {*(["low_rank"] if rank else []), *stages}
     randomise(layer.eval())
     assert torch.equal(layer(tokens, (3, 4)), tokens) == (not stages)
-    assert not torch.equal(Block(layer)(tokens, (3, 4)), tokens)
+    assert torch.equal(Block(layer)(tokens, (3, 4)), tokens) == (rank is None and not stages)
 
 
 def test_without_a_grid_only_the_fine_stage_is_skipped() -> None:
     layer, tokens = active(full_layer), torch.randn(2, 12, 12)
-    without = CalibLayer(12, 12, 12, 6, layer.coarse, layer.medium).eval()
+    without = CalibLayer(12, layer.low_rank, layer.medium).eval()
     record: dict[str, Tensor] = {}
     assert torch.equal(layer(tokens, None, record), without(tokens, (3, 4)))
     assert set(record) == {"similarity"}
@@ -471,9 +511,10 @@ def test_record_holds_what_the_losses_need() -> None:
 
 def test_a_layer_with_no_stage_to_run_returns_what_came_in() -> None:
     tokens = torch.randn(2, 12, 12)
-    assert CalibLayer(12, 12, 48, 6)(tokens, (3, 4)) is tokens
-    assert CalibLayer(12, 12, 48, 6, fine=FineCalib(12))(tokens, None) is tokens
-    assert CalibLayer(12, 12, 48, 6, CoarseCalib(12), MediumCalib(12))(tokens, (3, 4)) is tokens  # in training
+    assert CalibLayer(12)(tokens, (3, 4)) is tokens
+    assert CalibLayer(12, LowRank(12, 48, 6))(tokens, (3, 4)) is tokens
+    assert CalibLayer(12, LowRank(12, 48, 6), fine=FineCalib(12))(tokens, None) is tokens
+    assert CalibLayer(12, LowRank(12, 48, 6), MediumCalib(12))(tokens, (3, 4)) is tokens  # in training
 
 
 def test_every_module_with_parameters_is_called_as_one() -> None:
@@ -522,7 +563,7 @@ def test_cost_is_linear_in_the_number_of_patches(make: Make) -> None:
 
     module = active(make)
     assert flops(32) == 2 * flops(16)
-    assert flops(16) > 0 or make is CoarseCalib, "which has no products of matrices"
+    assert flops(16) > 0 or make is Pixels, "which has no products of matrices"
 
 
 @every_module

@@ -88,10 +88,10 @@ CONFIGS = [
     MGFCConfig(rank=8),
     MGFCConfig(rank=32, layers="last:2"),
     MGFCConfig(rank=4, layers=(0, -1), coarse=None, medium=None, fine=None),
-    MGFCConfig(rank=4, coarse=CoarseConfig(0.3, layers="last:1"), medium=None, fine=FineConfig(5, layers=(0, 1))),
-    MGFCConfig(
-        4, "all", CoarseConfig(1, "all", 0.1), MediumConfig(7, 0.2, 1, "all", 1), FineConfig(3, "all", 1), num_classes=6
-    ),
+    MGFCConfig(rank=4, coarse=CoarseConfig(0.3, 0.5), medium=None, fine=FineConfig(5, layers=(0, 1))),
+    MGFCConfig(4, "all", CoarseConfig(1, 0.0, 0.1), MediumConfig(7, 0.2, 1, "all", 1), FineConfig(3, "all", 1), num_classes=6),
+    MGFCConfig(rank=None),
+    MGFCConfig(rank=None, coarse=CoarseConfig(), medium=None),
 ]
 
 
@@ -135,7 +135,7 @@ def test_config_json_describes_the_backbone(saved: Path) -> None:
         "format_version": 1,
         "mgfc_version": __version__,
         "method": "mgfc",
-        "calibration": MGFCConfig(rank=8).to_dict(),
+        "calibration": MGFCConfig(rank=8, fine=FineConfig()).to_dict(),
         "peft": False,
         "backbone": {
             "library": "timm",
@@ -261,7 +261,7 @@ def test_an_adapter_moves_between_libraries(dinov2_pair: tuple[nn.Module, nn.Mod
         wrap_backbone(vit)
         randomise(vit.calibration, std=0.02)
         for name, parameter in vit.calibration.named_parameters():
-            if name.endswith(("gate", "up.weight")):
+            if name.endswith(("gate", "low_rank.up")):
                 nn.init.normal_(parameter, std=0.05)
         assert (final_tokens(vit, small) - bare).abs().max() > 0.1, "the calibrators hardly do anything"
         vit.calibration.save_pretrained(tmp_path / "timm")
@@ -541,13 +541,13 @@ def changed(value: Any, *keys: str) -> Edit:
     return edited_config(change)
 
 
-UP = "layers.1.up.weight"
+UP = "layers.1.low_rank.up"
 WEIGHTS = "model.safetensors"
 TENSORS = {
     "missing": (edited_tensors(lambda t: t.pop(UP)), AdapterMismatchError, [f"{UP}: expected in the file, found none"]),
     "extra": (edited_tensors(lambda t: t.update(x=torch.ones(2))), AdapterMismatchError, ["x: expected none, found one"]),
     "several": (
-        edited_tensors(lambda t: (t.pop(UP), t.pop("layers.1.down.weight"))),
+        edited_tensors(lambda t: (t.pop(UP), t.pop("layers.1.low_rank.down"))),
         AdapterMismatchError,
         ["expected in the file, found none (and 1 more)"],
     ),
@@ -606,7 +606,11 @@ TEXTS = {
     "listed notes": (changed([1], "training"), AdapterFileError, ["training to be a dict or null, found [1]"]),
     "unknown key": (changed(1, "calibration", "dropout"), AdapterFileError, ["unknown key 'dropout'", "upgrade mgfc"]),
     "unknown stage key": (changed(1, "calibration", "fine", "x"), AdapterFileError, ["FineConfig: unknown key 'x'"]),
-    "wrong type": (changed("8", "calibration", "rank"), AdapterFileError, ["MGFCConfig.rank: expected an int > 0, found '8'"]),
+    "wrong type": (
+        changed("8", "calibration", "rank"),
+        AdapterFileError,
+        ["MGFCConfig.rank: expected an int > 0 or None, found '8'"],
+    ),
     "rank beyond the width": (
         changed(64, "calibration", "rank"),
         AdapterMismatchError,
@@ -884,7 +888,7 @@ def test_training_in_eval_mode_is_noticed(tmp_path: Path) -> None:
     vit = wrap_backbone(tiny_vit(), MGFCConfig(rank=8))
     optimizer = torch.optim.SGD(vit.calibration.parameters(), lr=1.0)
     vit.calibration.save_pretrained(tmp_path / "fresh")  # without a warning: nothing was trained
-    assert "statistics of 0 training batches" in vit.calibration.summary()
+    assert "statistics of 0 batches" in vit.calibration.summary()
     for _ in range(2):
         vit.forward_features(IMAGES).square().mean().backward()
         optimizer.step()

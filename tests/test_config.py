@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mgfc import CoarseConfig, ConfigError, FineConfig, MediumConfig, MGFCConfig, MGFCError
-from mgfc.adapter import select_layers
+from mgfc.layers import select_layers
 
 CONFIGS = [
     MGFCConfig(),
@@ -20,7 +20,8 @@ CONFIGS = [
     MGFCConfig(layers=(0, -1, 5)),
     MGFCConfig(coarse=None, medium=None, fine=None),
     MGFCConfig(num_classes=19),
-    MGFCConfig(coarse=CoarseConfig(strength=1, layers=(2,), loss_weight=0.5), num_classes=1),
+    MGFCConfig(rank=None),
+    MGFCConfig(coarse=CoarseConfig(strength=1, randomise=0.5, loss_weight=0.5), num_classes=1),
     MGFCConfig(medium=MediumConfig(num_prototypes=7, temperature=1, strength=0, loss_weight=1), num_classes=11),
     MGFCConfig(fine=FineConfig(kernel_size=7, layers="last:2", loss_weight=1e-3), num_classes=2),
 ]
@@ -37,9 +38,9 @@ def test_defaults() -> None:
     assert MGFCConfig().to_dict() == {
         "rank": 16,
         "layers": "all",
-        "coarse": {"strength": 1.0, "layers": "first:6", "loss_weight": 0.0},
+        "coarse": {"strength": 1.0, "randomise": 0.0, "loss_weight": 0.0},
         "medium": {"num_prototypes": 16, "temperature": 0.05, "strength": 1.0, "layers": "last:4", "loss_weight": 0.0},
-        "fine": {"kernel_size": 3, "layers": "last:4", "loss_weight": 0.0},
+        "fine": None,
         "num_classes": None,
     }
     assert MGFCConfig().loss_weights == {}
@@ -47,13 +48,14 @@ def test_defaults() -> None:
 
 def test_missing_keys_take_their_defaults() -> None:
     assert MGFCConfig.from_dict({}) == MGFCConfig()
-    assert MGFCConfig.from_dict({"fine": {}, "rank": 3}) == MGFCConfig(rank=3)
-    assert MGFCConfig.from_dict({"fine": None}) == MGFCConfig(fine=None) != MGFCConfig()
+    assert MGFCConfig.from_dict({"fine": {}, "rank": 3}) == MGFCConfig(rank=3, fine=FineConfig())
+    assert FineConfig().to_dict() == {"kernel_size": 3, "layers": "last:4", "loss_weight": 0.0}
+    assert MGFCConfig.from_dict({"medium": None}) == MGFCConfig(medium=None) != MGFCConfig()
 
 
 def test_layers_may_be_a_list() -> None:
-    config = MGFCConfig(layers=[3, 4], coarse=CoarseConfig(layers=[4]))
-    assert config == MGFCConfig(layers=(3, 4), coarse=CoarseConfig(layers=(4,)))
+    config = MGFCConfig(layers=[3, 4], medium=MediumConfig(layers=[4]))
+    assert config == MGFCConfig(layers=(3, 4), medium=MediumConfig(layers=(4,)))
     assert hash(config) and config.layers == (3, 4)
 
 
@@ -63,6 +65,7 @@ def test_layers_may_be_a_list() -> None:
         ({"ranks": 3}, "MGFCConfig", "ranks"),
         ({"rank": 3, "dropout": 0.1}, "MGFCConfig", "dropout"),
         ({"coarse": {"tokens": 8}}, "CoarseConfig", "tokens"),
+        ({"coarse": {"layers": "first:6"}}, "CoarseConfig", "layers"),
         ({"medium": {"prototypes": 8}}, "MediumConfig", "prototypes"),
         ({"fine": {"kernel": 3}}, "FineConfig", "kernel"),
         ({1: 2, "b": 3}, "MGFCConfig", 1),
@@ -70,23 +73,28 @@ def test_layers_may_be_a_list() -> None:
     ids=str,
 )
 def test_an_unknown_key_is_named_with_the_known_ones(values: dict[Any, Any], owner: str, key: object) -> None:
-    with pytest.raises(ConfigError, match=rf"^{owner}: unknown key {key!r}; it has .*layers.*upgrade mgfc"):
+    known = "strength, randomise, loss_weight" if owner == "CoarseConfig" else "layers"
+    with pytest.raises(ConfigError, match=rf"^{owner}: unknown key {key!r}; it has .*{known}.*upgrade mgfc"):
         MGFCConfig.from_dict(values)
 
 
 NAN, INF = float("nan"), float("inf")
 WRONG = [
-    ({"rank": True}, "MGFCConfig.rank: expected an int > 0, found True"),
-    ({"rank": "48"}, "MGFCConfig.rank: expected an int > 0, found '48'"),
+    ({"rank": True}, "MGFCConfig.rank: expected an int > 0 or None, found True"),
+    ({"rank": "48"}, "MGFCConfig.rank: expected an int > 0 or None, found '48'"),
     ({"rank": 4.0}, "MGFCConfig.rank"),
     ({"rank": 0}, "MGFCConfig.rank"),
     ({"rank": -1}, "MGFCConfig.rank"),
-    ({"rank": None}, "MGFCConfig.rank"),
+    ({"rank": INF}, "MGFCConfig.rank"),
     ({"num_classes": True}, "MGFCConfig.num_classes: expected an int > 0 or None, found True"),
     ({"num_classes": 0}, "MGFCConfig.num_classes"),
     ({"num_classes": "19"}, "MGFCConfig.num_classes"),
     ({"coarse": {"strength": True}}, "CoarseConfig.strength: expected a number from 0 to 1, found True"),
     ({"coarse": {"strength": 1.5}}, "CoarseConfig.strength"),
+    ({"coarse": {"randomise": 1.5}}, "CoarseConfig.randomise: expected a number from 0 to 1, found 1.5"),
+    ({"coarse": {"randomise": True}}, "CoarseConfig.randomise"),
+    ({"coarse": {"randomise": NAN}}, "CoarseConfig.randomise"),
+    ({"coarse": {"randomise": None}}, "CoarseConfig.randomise"),
     ({"medium": {"strength": -0.1}}, "MediumConfig.strength: expected a number from 0 to 1, found -0.1"),
     ({"medium": {"strength": NAN}}, "MediumConfig.strength"),
     ({"coarse": {"loss_weight": NAN}}, "CoarseConfig.loss_weight: expected a finite number >= 0, found nan"),
@@ -120,7 +128,7 @@ LAYERS = ["", "some", "last", "last:", "last:0", "last:x", "last:-1", "last:1.5"
 LAYERS += [(), (1.0,), (True,), ("0",), None, 3, ((0,),), {0: 1}]
 
 
-@pytest.mark.parametrize("owner", [MGFCConfig, CoarseConfig, MediumConfig, FineConfig])
+@pytest.mark.parametrize("owner", [MGFCConfig, MediumConfig, FineConfig])
 @pytest.mark.parametrize("layers", LAYERS, ids=repr)
 def test_wrong_layers(owner: type, layers: object) -> None:
     with pytest.raises(ConfigError) as caught:

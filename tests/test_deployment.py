@@ -99,7 +99,7 @@ def test_quantised_backbone_with_calibrators_in_full_precision(
     wrap_backbone(bare(64), tmp_path)
     assert not [warning for warning in recwarn if "other weights" in str(warning.message)]
     twin.train()(images)[:, 0].sum().backward()
-    assert twin.calibration.layers["0"].up.weight.grad.any()
+    assert twin.calibration.layers["0"].low_rank.up.grad.any()
 
 
 def test_bfloat16_backbone() -> None:

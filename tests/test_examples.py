@@ -90,7 +90,7 @@ def test_training_writes_an_adapter_that_loads(train: Train, tiny_backbone: Path
     metrics = train(tmp_path / "adapter", "--test", f"{tiny_scenes}:train")
     assert set(metrics) == {f"{tiny_scenes.name}/val mIoU", f"{tiny_scenes.name}/train mIoU"}
     vit = wrap_backbone(backbone.load_dinov2_small(tiny_backbone), tmp_path / "adapter")
-    assert any(layer.up.weight.abs().max() > 0 for layer in vit.calibration.layers.values())
+    assert any(layer.low_rank.up.abs().max() > 0 for layer in vit.calibration.layers.values())
     assert load_head(tmp_path / "adapter").classify.out_channels == len(streets.CLASSES)
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert all(f"{value}" in card for value in metrics.values())

@@ -215,7 +215,7 @@ def test_a_failed_forward_keeps_nothing() -> None:
     features = FeatureMaps(tiny_vit(), (0,))
     with pytest.raises((RuntimeError, AssertionError)):
         features(torch.randn(1, 5, 64, 64))
-    assert features._maps is None and features(IMAGES)[0].shape == (2, 32, 4, 6)
+    assert features._forward.maps is None and features(IMAGES)[0].shape == (2, 32, 4, 6)
 
 
 def gradients(model: nn.Module, images: Tensor) -> list[Tensor]:

@@ -97,10 +97,10 @@ def test_ema_copy_is_independent() -> None:
     assert same(before, vit.eval()(images))
     randomise(vit.calibration, std=1.0)
     assert same(ema.module(images), before)
-    old = ema.module.calibration.layers["0"].up.weight.clone()
+    old = ema.module.calibration.layers["0"].low_rank.up.clone()
     ema.update(vit)
     torch.testing.assert_close(
-        ema.module.calibration.layers["0"].up.weight, 0.5 * (old + vit.calibration.layers["0"].up.weight)
+        ema.module.calibration.layers["0"].low_rank.up, 0.5 * (old + vit.calibration.layers["0"].low_rank.up)
     )
 
 
@@ -146,7 +146,7 @@ def test_lightning(tmp_path: Path) -> None:
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert moved
     assert all("calibration" in name or name.startswith("head") for name in moved)
-    assert any(name.endswith("up.weight") for name in moved)
+    assert any(name.endswith("low_rank.up") for name in moved)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     twin = LightningSegmenter()
     twin.load_state_dict(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"])
@@ -162,7 +162,7 @@ def test_lightning_averages_calibrators_and_nothing_else(tmp_path: Path) -> None
     assert calibration.backbone is averaged.vit and calibration.num_batches
     start, last, mean = (module.state_dict() for module in (LightningSegmenter(), plain, averaged))
     for name, value in mean.items():
-        if "calibration" in name and name.endswith("up.weight"):
+        if "calibration" in name and name.endswith("low_rank.up"):
             assert value.any() and not torch.equal(value, last[name])
         elif "calibration" not in name and not name.startswith("head"):
             assert torch.equal(value, start[name])
@@ -258,7 +258,7 @@ def test_mmengine(tmp_path: Path) -> None:
     start = {name: value.clone() for name, value in runner.model.state_dict().items()}
     trained = runner.train()
     moved = {name for name, value in trained.state_dict().items() if not torch.equal(value, start[name])}
-    assert any(name.endswith("up.weight") for name in moved)
+    assert any(name.endswith("low_rank.up") for name in moved)
     assert all("calibration" in name or name.startswith("head") for name in moved)
     assert get_calibration(trained).num_batches == 4
     get_calibration(trained).save_pretrained(tmp_path / "adapter")
@@ -312,5 +312,5 @@ def test_transformers_trainer_resumes_where_it_was(tmp_path: Path) -> None:
 
     through = train()
     resumed = train(str(tmp_path / "checkpoint-2"))
-    assert any(value.any() for name, value in through.items() if name.endswith("up.weight"))
+    assert any(value.any() for name, value in through.items() if name.endswith("low_rank.up"))
     assert all(torch.equal(value, through[name]) for name, value in resumed.items())

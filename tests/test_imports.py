@@ -23,6 +23,7 @@ FLOORS = (
     ("adapters", "fusing", "images"),
     ("blocks", "peft"),
     ("adapter",),
+    ("layers",),
     ("features", "heads", "losses", "config"),
     ("backbones", "calibrators"),
     ("distributed", "errors", "_version"),

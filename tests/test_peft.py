@@ -140,7 +140,7 @@ class TestPeftConfig:
         assert all("lora" in n for n in trained(model) if n.startswith("blocks"))
         model(IMAGES)[:, 0].sum().backward()
         assert model.blocks[0].attn.qkv.lora_B["default"].weight.grad.any()
-        assert model.calibration.layers["0"].up.weight.grad.any()
+        assert model.calibration.layers["0"].low_rank.up.grad.any()
         assert_unchanged(unwrap_backbone(model), before)
 
     @pytest.mark.parametrize("bias", ["none", "all"])

@@ -48,7 +48,7 @@ def test_starts_as_the_bare_backbone_and_trains_calibrators_alone() -> None:
     reference = wrap_backbone(vit(), MGFCConfig(rank=8))
     assert model.get_nb_trainable_parameters()[0] == reference.calibration.num_parameters
     model.train()(IMAGES).square().sum().backward()
-    assert get_calibration(model).layers["0"].up.weight.grad.any()
+    assert get_calibration(model).layers["0"].low_rank.up.grad.any()
 
 
 def test_feature_maps_of_transformers_are_refined() -> None:

@@ -12,7 +12,7 @@ from helpers import assert_unchanged, randomise, snapshot
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
-from mgfc import Calibration, MGFCConfig, wrap_backbone
+from mgfc import Calibration, FineConfig, MGFCConfig, wrap_backbone
 
 
 def tiny_vit(seed: int = 0, **options: Any) -> nn.Module:
@@ -29,8 +29,8 @@ def tiny_dinov2(**options: Any) -> Dinov2Model:
 
 
 def calibrated(backbone: nn.Module, config: MGFCConfig | None = None) -> Calibration:
-    """Wraps a backbone with calibrators that clearly change its tokens."""
-    calibration = wrap_backbone(backbone, config or MGFCConfig(rank=8)).calibration
+    """Wraps a backbone with calibrators of all stages that clearly change its tokens."""
+    calibration = wrap_backbone(backbone, config or MGFCConfig(rank=8, fine=FineConfig())).calibration
     randomise(calibration)
     return calibration
 

@@ -24,7 +24,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog="python -m domain_generalization", description="Train on one domain, test on others.")
     commands = parser.add_subparsers(dest="command", required=True)
     write = commands.add_parser("pack", help="write what runs read: scenes at their size, corrupted copies, the backbone")
-    write.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    write.add_argument("--data", type=Path, help="folder of data sets, looked into before the one of MGFC_DATA")
     write.add_argument("--backbone", type=Path, help="Transformers directory of DINOv2-S/14 (default: from the Hub)")
     write.add_argument("--quality", type=int, default=90, help="of the images' WebP")
     one = commands.add_parser("run", help="train a method once, or read what was trained, and score its variants")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from backbone import load_dinov2_small
+from data import find
 from PIL import Image
 from safetensors.torch import load_file
 from streets import StreetScenes
@@ -24,13 +25,13 @@ from domain_generalization.scenes import compress, fit, folder_of
 
 
 def write(
-    out: Path, data: Path, backbone: Path | None, scale: dict[str, Any], split: str, sources: Sequence[str], quality: int
+    out: Path, data: Path | None, backbone: Path | None, scale: dict[str, Any], split: str, sources: Sequence[str], quality: int
 ) -> None:
     """Writes the folder; it is there whole or not at all.
 
     Args:
         out: the folder, which must not be there yet.
-        data: holds the data sets.
+        data: holds the data sets, or some of them; the others are where `data.find` looks.
         backbone: Transformers directory of the backbone; None for the Hub.
         scale: an entry of `plan.SCALES`.
         split: "development" or "test" frames of the unseen domains.
@@ -59,10 +60,10 @@ def wanted(sources: Sequence[str], split: str, count: int) -> dict[Target, int |
     return found
 
 
-def write_target(folder: Path, data: Path, target: Target, count: int | None, height: int, quality: int) -> None:
+def write_target(folder: Path, data: Path | None, target: Target, count: int | None, height: int, quality: int) -> None:
     """Writes one set: images no larger than they are read, labels of what is scored at their own resolution."""
     dataset, split = target.place.split(":")
-    scenes = StreetScenes(data / dataset, split)
+    scenes = StreetScenes(find(dataset, data), split)
     place = {name: index for index, name in enumerate(scenes.names)}
     images = folder_of(folder, target)
     labels = images.parent / "labels"

@@ -43,13 +43,14 @@ Found = dict[int, dict[float, float]]  # validation mIoU by seed and learning ra
 
 COST_STEPS = 20
 
+RANDOMISED = {"coarse": {"randomise": 0.5}}
 # What is changed in mgfc's default configuration before training; what evaluation decides is in `variants`.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "with randomised scenes": {"coarse": {"randomise": 0.5}},
+    "with randomised scenes": RANDOMISED,
     "with the fine stage": {"fine": {}},
 }
 # Peers trained beside mgfc's calibration, which randomises their scenes, too.
-BESIDE = ("full", "dora_all", "lora_all", "rein")
+BESIDE = ("full", "lora_all")
 
 
 def searched(results: Path, method: str) -> Found:
@@ -118,7 +119,7 @@ def ablations(args: argparse.Namespace) -> Iterator[Settings]:
             for options in ABLATIONS.values():
                 yield settings(args, "mgfc", source, seed, options)
             for method in BESIDE:
-                yield settings(args, method, source, seed, {"calibrated": True})
+                yield settings(args, method, source, seed, {"calibrated": RANDOMISED})
 
 
 def tables(args: argparse.Namespace) -> Iterator[Settings]:

@@ -105,15 +105,17 @@ def build(settings: Settings, places: Places, *, calibrated: bool = False) -> nn
     Args:
         settings: of the run.
         places: the folder that holds the backbone.
-        calibrated: with mgfc's calibration, and nothing learnt of it, on a method that has none; an option of this name
-            trains it so. It is put on first, so that it sees the tokens as the method's own hooks leave them.
+        calibrated: with mgfc's calibration, and nothing learnt of it, on a method that has none; an option of this name,
+            a configuration of it, trains it so. It is put on first, so that it sees the tokens as the method's own hooks
+            leave them.
     """
     vit = load_backbone(places.packed)
     torch.manual_seed(settings.seed)
     head = SegmentationHead([vit.config.hidden_size] * 4, len(CLASSES))
     options = dict(settings.options)
-    if options.pop("calibrated", calibrated) and not settings.method.startswith("mgfc"):
-        wrap_backbone(vit, MGFCConfig(rank=None))
+    calibration = options.pop("calibrated", {} if calibrated else None)
+    if calibration is not None and not settings.method.startswith("mgfc"):
+        wrap_backbone(vit, MGFCConfig.from_dict({"rank": None} | calibration))
     METHODS[settings.method](vit, **options)
     return nn.Sequential(FeatureMaps(vit, out_indices=(2, 5, 8, 11)), head).to(places.device)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import streets
 from PIL import Image
-from streets import jitter
 from torch import nn
 
 from domain_generalization.alignment import aligned_classes, aligned_statistics, batches
@@ -86,7 +85,7 @@ def photographed_anew(scenes: Scenes, seed: int) -> Scenes:
     """The same scenes with brightness, contrast and colour changed as in training."""
     images = scenes.images.copy()
     for index, image in enumerate(images):
-        images[index] = jitter(Image.fromarray(image), random.Random(f"{seed} observed {index}"))
+        images[index] = streets.photographed_anew(Image.fromarray(image), seed, index)
     return Scenes(images, scenes.labels)
 
 

@@ -114,6 +114,11 @@ def max_extra_tokens(tower: Tower) -> int:
     return max(sum(_learnt_tokens(tower).values()), num_prefix_tokens(tower))
 
 
+def is_hierarchical(tower: Tower) -> bool:
+    """Whether the blocks are of several widths, so that the grid may change between them."""
+    return len({block_widths(block).dim for block in tower.modules()}) > 1
+
+
 def num_prefix_tokens(tower: Tower) -> int:
     """Class, distillation and register tokens that stand before the patches, as the model declares them."""
     for module in tower.root.modules():

@@ -28,16 +28,20 @@ class GridTracker(threading.local):
 
     Args:
         max_extra: most tokens besides patches (class, register, query tokens) that a sequence can hold.
+        halves: whether blocks may halve the grid without telling, as hierarchical towers do. In others, fewer tokens than
+            the grid has are masked or merged ones, which have no known places.
     """
 
-    def __init__(self, max_extra: int) -> None:
+    def __init__(self, max_extra: int, halves: bool = True) -> None:
         self.max_extra = max_extra
+        self.halves = halves
+        self.told = False
         self.recent: tuple[Grid, ...] = ()
         self.entered: tuple[Grid, ...] = ()
         self.tagged: tuple[Grid, ...] = ()
 
-    def __reduce__(self) -> tuple[type[GridTracker], tuple[int]]:
-        return GridTracker, (self.max_extra,)
+    def __reduce__(self) -> tuple[type[GridTracker], tuple[int, bool]]:
+        return GridTracker, (self.max_extra, self.halves)
 
     def forget(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of the first module that tells a size: those of an earlier forward have had their time."""
@@ -50,11 +54,13 @@ class GridTracker(threading.local):
             self.recent = ()
         elif image.ndim == 4:
             height, width = _pair(module.patch_size)
+            self.told = True
             self.recent = ((image.shape[2] // height, image.shape[3] // width), *self.recent[:3])
 
     def observe_map(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of a convolution or pooling outside the blocks."""
         if isinstance(output, Tensor) and output.ndim == 4:
+            self.told = True
             self.recent = ((output.shape[2], output.shape[3]), *self.recent[:3])
 
     def observe_dropping(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -62,6 +68,12 @@ class GridTracker(threading.local):
         left = first_tensor(output if isinstance(output, tuple) else (output,), {})
         if left is None or not args or left.shape[1] != args[0].shape[1]:
             self.recent = ()
+
+    def begin(self) -> None:
+        """Before the first block of a forward: sizes that no module told since the last one are those of another image."""
+        if not self.told:
+            self.recent = ()
+        self.told = False
 
     def enter(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Notes the arguments of a block's call, before grids in it or of its output are asked for."""
@@ -79,7 +91,7 @@ class GridTracker(threading.local):
         for height, width in [*_pairs(output), *self.entered, *self.tagged, *self.recent]:
             if 0 <= num_tokens - height * width <= self.max_extra:
                 return height, width
-        for height, width in [*self.tagged, *self.recent]:
+        for height, width in [*self.tagged, *self.recent] if self.halves else []:
             for half in ((height + 1) // 2, (width + 1) // 2), (height // 2, width // 2):
                 if 0 <= num_tokens - half[0] * half[1] <= self.max_extra and half[0] * half[1] > 0:
                     self.recent = (half, *self.recent[:3])

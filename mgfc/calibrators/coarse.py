@@ -21,8 +21,8 @@ class CoarseCalib(SourceCalib):
 
     In training mode images pass unchanged and the running statistics are updated. If asked to, a share of the images is
     then moved away instead, into another light, colour, sharpness and noise (`mgfc.calibrators.randomise`): what is learnt
-    behind has to stand it. A module without statistics is the identity. Rows and columns at the border that are 0 in all channels are padding:
-    they do not count and stay 0. Source: `docs/method.md`, "Coarse".
+    behind has to stand it. A module without statistics is the identity. Rows and columns at the border that are 0 in all
+    channels are padding: they do not count and stay 0. Source: `docs/method.md`, "Coarse".
 
     Args:
         channels: C of the images.
@@ -60,9 +60,8 @@ class CoarseCalib(SourceCalib):
 
     def distance(self, statistics: Tensor) -> Tensor:
         """The z of each image, from its statistics: (B, 2, C) -> (B,); 0 without statistics of the source."""
-        expected, square = self.source.value
-        away = self.source.ready * (expected - statistics)
-        z: Tensor = (away.square() / (square - expected.square()).clamp_min(EPS)).mean(dim=(1, 2))
+        expected, variance = self.source.derive(_mean_and_variance)
+        z: Tensor = self.source.ready * ((expected - statistics).square() / variance).mean(dim=(1, 2))
         return z
 
     def forward(self, images: Tensor, statistics: Tensor | None = None) -> Tensor:
@@ -81,12 +80,18 @@ class CoarseCalib(SourceCalib):
                 return images
             return torch.where(_inside(images), randomise_scenes(images, self.randomise), images)
         found = self.statistics(images) if statistics is None else statistics
-        expected, square = self.source.value
+        expected, variance = self.source.derive(_mean_and_variance)
         away = expected - found
-        shift, log_scale = (self.fraction(away, square - expected.square(), (1, 2)) * away)[..., None, None].unbind(dim=1)
+        shift, log_scale = (self.fraction(away, variance, (1, 2)) * away)[..., None, None].unbind(dim=1)
         mean, scale = found[:, 0, :, None, None], log_scale.exp()
         calibrated = torch.addcmul(mean + shift - scale * mean, images.to(found.dtype), scale)
         return torch.where(_inside(images), calibrated.to(images.dtype), images)
+
+
+def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """First and second moment (2, 2, C) -> t' and v', (2, C) each."""
+    first, second = moments
+    return first, (second - first.square()).clamp_min(EPS)
 
 
 def _inside(images: Tensor) -> Tensor:

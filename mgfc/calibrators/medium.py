@@ -1,12 +1,30 @@
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mgfc.calibrators.running import RunningMean
-from mgfc.calibrators.statistics import SourceCalib
+from mgfc.calibrators.statistics import EPS, SourceCalib
 from mgfc.distributed import process
+
+
+class _Source(NamedTuple):
+    """What the running statistics say of the source.
+
+    Args:
+        prototypes: P, (K, C).
+        mean: m', (C,).
+        variance: v', (K, C).
+        directions: of P - m', of length 1 / tau, (C, K).
+    """
+
+    prototypes: Tensor
+    mean: Tensor
+    variance: Tensor
+    directions: Tensor
 
 
 class MediumCalib(SourceCalib):
@@ -49,22 +67,26 @@ class MediumCalib(SourceCalib):
 
     def prototypes(self) -> Tensor:
         """P: (K, C); zeros before the first training batch."""
-        return _centroids(*self._moments()[:2])
+        return self.source.derive(self._derive).prototypes
 
     def similarity(self, tokens: Tensor) -> Tensor:
         """The logits of A: (B, N, C) -> (B, N, K)."""
-        prototypes, mean = self.prototypes(), self._moments()[1].sum(dim=0)
+        source = self.source.derive(self._derive)
         with torch.autocast(tokens.device.type, enabled=False):  # offsets are small differences of large numbers
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-            middle = (mean + tokens.mean(dim=1, keepdim=True)) / 2
-            directions = F.normalize(prototypes - mean, dim=-1)
-            similarity: Tensor = F.normalize(tokens - middle, dim=-1) @ directions.to(tokens.dtype).mT / self.temperature
-        return similarity
+            away = tokens - torch.lerp(tokens.mean(dim=1, keepdim=True), source.mean, 0.5)
+            lengths = torch.linalg.vector_norm(away, dim=-1, keepdim=True).clamp_min(1e-12)
+            logits: Tensor = (away @ source.directions) / lengths
+        return logits
 
-    def _moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Means over the source's images: q (K, 1), q c and q c^2 (K, C)."""
-        value, dim = self.source.value, self.source.value.shape[1] // 2
-        return value[:, :1], value[:, 1 : dim + 1], value[:, dim + 1 :]
+    def _derive(self, value: Tensor) -> _Source:
+        """From the means over the source's images of q (K, 1), q c and q c^2 (K, C)."""
+        dim = value.shape[1] // 2
+        shares, sums, squares = value[:, :1], value[:, 1 : dim + 1], value[:, dim + 1 :]
+        prototypes, mean = _centroids(shares, sums), sums.sum(dim=0)
+        variance = _centroids(shares, squares) - prototypes.square()
+        directions = F.normalize(prototypes - mean, dim=-1).mT / self.temperature
+        return _Source(prototypes, mean, variance.clamp_min(EPS), directions)
 
     def _assign(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A, and q and q c of each image: (B, N, K), (B, K, 1), (B, K, C)."""
@@ -73,22 +95,20 @@ class MediumCalib(SourceCalib):
             sums = assignment.mT @ tokens.to(assignment.dtype) / tokens.shape[1]
         return assignment, assignment.mean(dim=1).unsqueeze(-1), sums
 
-    def shift(self, tokens: Tensor) -> Tensor:
-        """What calibration adds: (B, N, C) -> (B, N, C)."""
+    def calibrate(self, tokens: Tensor) -> Tensor:
+        """X + A [a (P - c)], in the dtype of the tokens: (B, N, C) -> (B, N, C)."""
+        source = self.source.derive(self._derive)
         assignment, shares, sums = self._assign(tokens)
-        source_shares, _, source_squares = self._moments()
-        prototypes = self.prototypes()
-        away = prototypes - _centroids(shares, sums)
-        variance = _centroids(source_shares, source_squares) - prototypes.square()
-        offset = self.fraction(away, variance, -1) * shares / (shares + self.CERTAIN_SHARE) * away
+        away = source.prototypes - _centroids(shares, sums)
+        offset = self.fraction(away, source.variance, -1) * shares / (shares + self.CERTAIN_SHARE) * away
         with torch.autocast(tokens.device.type, enabled=False):
-            return assignment @ offset.to(assignment.dtype)
+            return torch.baddbmm(tokens.to(assignment.dtype), assignment, offset.to(assignment.dtype)).to(tokens.dtype)
 
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
         """Updates the running centroids with a batch: (B, N, C)."""
         # Soft clustering takes many small steps to settle, however large the batches of one pass over the source are.
-        for part in tokens.split(4) if self.source.observing else [tokens]:
+        for part in torch.split(tokens, 4 if self.source.observing else len(tokens)):
             _, shares, sums = self._assign(part)
             found = torch.cat([shares, sums, sums * _centroids(shares, sums)], dim=-1)
             self.source.observe(torch.where(self.source.ready > 0, found, self._first(part)))
@@ -117,7 +137,7 @@ class MediumCalib(SourceCalib):
         if self.is_gathering:
             self.observe(tokens)
             return tokens
-        return tokens + self.shift(tokens).to(tokens.dtype)
+        return self.calibrate(tokens)
 
 
 def _centroids(shares: Tensor, sums: Tensor) -> Tensor:

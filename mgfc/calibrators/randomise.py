@@ -67,8 +67,9 @@ def _blur(values: Tensor) -> Tensor:
         kernel = (-(places / width).square() / 2).softmax(dim=1).repeat_interleave(channels, dim=0)
         shape = (1, 1, -1, 1) if axis == 2 else (1, 1, 1, -1)
         padding = (0, 0, _REACH, _REACH) if axis == 2 else (_REACH, _REACH, 0, 0)
-        kernel = kernel.view(batch * channels, *shape[1:])
-        maps = F.conv2d(F.pad(maps, padding, mode="replicate"), kernel, groups=batch * channels)
+        kernel = kernel.view(batch * channels, *shape[1:]).to(maps.dtype)
+        with torch.autocast(maps.device.type, enabled=False):
+            maps = F.conv2d(F.pad(maps, padding, mode="replicate"), kernel, groups=batch * channels)
     return maps.view_as(values)
 
 

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mgfc.distributed import sum_over_processes
+
+D = TypeVar("D")
 
 
 def is_recomputing() -> bool:
@@ -30,6 +33,16 @@ def as_one_batch(module: nn.Module) -> Iterator[None]:
         if values:
             # In the first batch every image offers a start, of which one has to be taken.
             mean.observe(torch.cat(values) if mean.count else values[0])
+
+
+class _Derived(dict[str, Any]):
+    """What was derived from a mean. Copies and files of a model start without."""
+
+    def __deepcopy__(self, memo: object) -> _Derived:
+        return _Derived()
+
+    def __reduce__(self) -> tuple[type[_Derived], tuple[()]]:
+        return _Derived, ()
 
 
 class RunningMean(nn.Module):
@@ -57,6 +70,7 @@ class RunningMean(nn.Module):
         self.window = window
         self.observing = False
         self.held: list[Tensor] | None = None
+        self._derived = _Derived()
         self.register_buffer("total", torch.zeros(shape))
         self.register_buffer("weight", torch.zeros(()))
         self.register_buffer("count", torch.zeros(()))  # batches
@@ -76,6 +90,21 @@ class RunningMean(nn.Module):
     def value(self) -> Tensor:
         """The mean; zeros before the first batch."""
         return self.total / torch.where(self.weight > 0, self.weight, 1)
+
+    def derive(self, function: Callable[[Tensor], D]) -> D:
+        """What a function makes of the mean; computed anew only after the mean changed.
+
+        Always the same function.
+        """
+        total = self.total
+        if torch.compiler.is_compiling() or total.is_inference():
+            return function(self.value)
+        known = self._derived
+        if known.get("of") is not total or known["version"] != total._version:
+            found = {"of": total, "version": total._version, "result": function(self.value)}
+            known.update(found)
+            return found["result"]  # type: ignore[return-value]
+        return known["result"]  # type: ignore[no-any-return]
 
     @property
     def ready(self) -> Tensor:

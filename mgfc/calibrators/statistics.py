@@ -39,6 +39,6 @@ class SourceCalib(nn.Module):
         return self.training or self.source.observing
 
     def fraction(self, away: Tensor, variance: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-        """a, from t' - t and v'; z is a mean over `dim`, which stays with size 1."""
-        distance = (away.square() / variance.clamp_min(EPS)).mean(dim=dim, keepdim=True)
+        """The factor a, from t' - t and v'; z is a mean over `dim`, which stays with size 1."""
+        distance = (away.square() / variance).mean(dim=dim, keepdim=True)
         return self.source.ready * self.strength * (1 - self.USUAL / distance.clamp_min(self.USUAL))

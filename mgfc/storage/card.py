@@ -108,6 +108,8 @@ def _what(content: Mapping[str, Any]) -> str:
     if content["method"] == "rein":
         return f"Rein's refinement (arXiv 2312.04265) with {values['num_tokens']} tokens a block"
     stages = [name for name in ("coarse", "medium", "fine") if values[name] is not None]
+    if values["rank"] is None:
+        return f"Calibrators ({', '.join(stages) or 'none'}) without low-rank adapters"
     return f"Calibrators ({', '.join(stages) or 'low-rank adapter only'}) of rank {values['rank']}"
 
 
