@@ -190,9 +190,7 @@ class MGFCConfig(_Config):
             expect(isinstance(stage, stage_class | None), f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
         self._check_size("num_classes", optional=True)
         if self.rank is None and "coarse" in self.loss_weights:
-            expect(
-                False, "CoarseConfig.loss_weight", "0 without low-rank adapters, which it trains", self.loss_weights["coarse"]
-            )
+            expect(False, "CoarseConfig.loss_weight", "0 without low-rank adapters", self.loss_weights["coarse"])
         if self.loss_weights:
             expected = "the number of label categories, since a loss_weight is above 0"
             expect(self.num_classes is not None, "MGFCConfig.num_classes", expected, None)
