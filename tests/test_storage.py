@@ -12,7 +12,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from mgfc.interop.rein import convert_rein
 from mgfc.storage import directory as storage_directory
 from mgfc.storage.checkpoint import read_checkpoint
 from mgfc.storage.loading import make_adapter
+from mgfc.storage.locking import locked
 from mgfc.storage.snapshot import DirectoryFiles, consistently, one_save
 from mgfc.storage.tensors import read_header, read_tensors
 
@@ -252,6 +253,19 @@ def test_savers_that_are_killed_leave_one_save(tmp_path: Path) -> None:
     finally:
         os.umask(umask)
     assert leftovers > 0 and not list(tmp_path.glob(".*"))
+
+
+@forking
+def test_a_lock_is_given_back_whatever_was_forked_meanwhile(tmp_path: Path) -> None:
+    """As workers of a data loader, which live on."""
+    with ExitStack() as stack:
+        with locked(tmp_path) as held:
+            stack.enter_context(child(lambda: time.sleep(60)))
+        with child(lambda: locked(tmp_path).__enter__() and None) as process:
+            end = time.monotonic() + 10
+            while time.monotonic() < end and os.waitpid(process, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)
+            assert held and time.monotonic() < end, "the lock is still held"
 
 
 def test_a_reader_retries_what_was_moved_under_it(saved: Path, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def locked(directory: Path) -> Iterator[bool]:
     try:
         yield _lock(descriptor)
     finally:
-        os.close(descriptor)  # which gives the lock back
+        _unlock(descriptor)
+        os.close(descriptor)
         if os.name == "nt":
             with suppress(OSError):  # another saver has it open
                 os.unlink(directory / LOCK_FILE)
@@ -46,6 +47,14 @@ def _lock(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _unlock(descriptor: int) -> None:
+    """Gives the lock back, also where a process that was forked meanwhile still has the descriptor open."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _lock_on_windows(descriptor: int) -> bool:
