@@ -16,6 +16,7 @@ from domain_generalization.variants import AFTERWARDS, ALIGNMENTS, AS_TRAINED, C
 
 OURS = "mgfc"
 OURS_VARIANT = AFTERWARDS  # what mgfc's row of every table is
+PLOTTED_SEEDS = 3
 TITLES = {
     "frozen": "head on the frozen backbone",
     "full": "full fine-tuning",
@@ -173,6 +174,61 @@ def summary_table(by_source: Mapping[str, Runs]) -> str:
     return report.markdown(["method", "trained parameters", *(f"{name}, {c}" for name in by_source for c in columns)], rows)
 
 
+def uncalibrated(runs: Runs, method: str) -> list[Record]:
+    """Runs of what a method learnt, without mgfc's calibration."""
+    return runs.of(method, "without coarse and medium" if method == OURS else AS_TRAINED)
+
+
+def gains_table(runs: Runs) -> str:
+    """A row a method: unseen mIoU without and with mgfc's calibration, put on afterwards, and the paired changes."""
+    rows = []
+    for method in TITLES:
+        before, after = uncalibrated(runs, method), runs.of(method, AFTERWARDS)
+        if before and after:
+            figures = [report.spread(found, "unseen") for found in (before, after)]
+            rows.append([TITLES[method], *figures, *(paired(after, before, of) for of in LEADS)])
+    return report.markdown(["unseen mIoU", "without", "calibrated", *(f"change, {of}" for of in LEADS)], rows)
+
+
+def gains_by_target(runs: Runs) -> str:
+    """A row a method: what mgfc's calibration, put on afterwards, changes on each clean set and corruption."""
+    rows, names = [], []
+    for method in TITLES:
+        before, after = uncalibrated(runs, method), runs.of(method, AFTERWARDS)
+        if before and after:
+            values = report.by_target(before[0], "miou")
+            names = ["in-domain", *report.clean(values), *report.corrupted(values)]
+            changes = [report.difference(report.by_seed(after, n), report.by_seed(before, n)).mean for n in names]
+            rows.append([TITLES[method], *(f"{change:+.1f}" for change in changes)])
+    return report.markdown(["change of mIoU", *names], rows)
+
+
+def without_and_with(runs: Runs) -> Groups:
+    """Runs of each method without and with mgfc's calibration, by what the plot calls them."""
+    groups: dict[str, Sequence[Record]] = {}
+    for method, title in TITLES.items():
+        plain = title.strip("*")
+        forms = {f"{plain}, without": uncalibrated(runs, method), f"{plain}, calibrated": runs.of(method, AFTERWARDS)}
+        if method == OURS:
+            forms = {f"{plain}, without": uncalibrated(runs, method), title: runs.ours()}
+        groups |= {name: found for name, found in forms.items() if found}
+    return groups
+
+
+def gains_summary(by_source: Mapping[str, Runs]) -> str:
+    """A row a method that has runs from every source: trained parameters, unseen mIoU without and with calibration."""
+    rows = []
+    for method in TITLES:
+        found = [(uncalibrated(runs, method), runs.of(method, AFTERWARDS)) for runs in by_source.values()]
+        if all(before and after for before, after in found):
+            row = [TITLES[method], f"{found[0][0][0]['parameters']:,}"]
+            for before, after in found:
+                row += [*(report.spread(runs, "unseen") for runs in (before, after)), paired(after, before)]
+            rows.append(row)
+    columns = ("without", "calibrated", "change")
+    return report.markdown(["method", "trained parameters", *(f"{name}, {c}" for name in by_source for c in columns)], rows)
+
+
 def typical(runs: Sequence[Record], figure: str) -> float:
     """Median over runs."""
     return median(run[figure] for run in runs) if runs else math.nan
@@ -213,13 +269,16 @@ def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
     by_source = {source: runs for source, runs in gather(results, scale, "peers", min_seeds).items() if runs.by_method()}
     if not by_source:
         raise SystemExit(f"No runs at the scale {scale!r} in {results / scale}: run the suite `peers` first.")
-    parts = {"summary": summary_table(by_source), "protocol": protocol(next(iter(by_source.values())), scale)}
+    parts = {"summary": summary_table(by_source), "gains": gains_summary(by_source)}
+    parts["protocol"] = protocol(next(iter(by_source.values())), scale)
     for runs in gather(results, scale, "cost").values():
         parts["cost"] = cost_table(runs)
     for source, runs in by_source.items():
         parts[f"{source} peers"] = peers_table(runs)
         parts[f"{source} controls"] = controls_table(runs)
         parts[f"{source} leads"] = leads_table(runs)
+        parts[f"{source} gains"] = gains_table(runs)
+        parts[f"{source} gains by target"] = gains_by_target(runs)
         parts[f"{source} targets"] = targets_table(runs)
         parts[f"{source} classes"] = classes_table(runs, "dusk")
         if runs.ours():
@@ -232,5 +291,6 @@ def show(results: Path, scale: str, draw: Path | None) -> None:
     for name, text in sections(results, scale).items():
         print(f"## {name}\n\n{text}\n")
     if draw is not None:
-        by_source = gather(results, scale, "peers")
-        plot({source: runs.by_method() for source, runs in by_source.items()}, TITLES, draw)
+        drawn = {source: without_and_with(runs) for source, runs in gather(results, scale, "peers", PLOTTED_SEEDS).items()}
+        titles = dict.fromkeys(title for groups in drawn.values() for title in groups)
+        plot(drawn, {title: title for title in titles}, draw)
