@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mgfc._version import __version__
 from mgfc.adapter import GRANULARITIES
 from mgfc.errors import AdapterNotFoundError, CalibrationError, MGFCError, UnsupportedBackboneError
+
+if TYPE_CHECKING:
+    from mgfc.storage.snapshot import Files
 
 EXIT_CODES = "exit status: 0 if all is well; 1 if the adapter or the model is not, with the reason; 2 if the command is wrong"
 
@@ -58,18 +62,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from mgfc.storage.format import CONFIG, HEAD, WEIGHTS, read_config, read_tensors
     from mgfc.storage.loading import locate
+    from mgfc.storage.snapshot import consistently
 
-    find = locate(args.adapter, revision=args.revision)
-    content = read_config(find(CONFIG))
-    names = [WEIGHTS, *([HEAD] if content.get("head") else [])]
-    tensors = {name: read_tensors(find(name)) for name in names}
-    content["files"] = {
-        name: {"values": sum(t.numel() for t in found.values()), "bytes": os.path.getsize(find(name))}
-        for name, found in tensors.items()
-    }
+    content = consistently(locate(args.adapter, revision=args.revision), _read_info)
     return content | {"text": _describe_adapter(content)}
+
+
+def _read_info(find: Files) -> dict[str, Any]:
+    from mgfc.storage.format import CONFIG, HEAD, WEIGHTS, calibration_of, read_config
+    from mgfc.storage.tensors import read_header
+
+    content = read_config(find(CONFIG))
+    calibration_of(content, find(CONFIG))
+    names = [WEIGHTS, *([HEAD] if content.get("head") else [])]
+    headers = {name: read_header(find(name)) for name in names}
+    content["files"] = {
+        name: {"values": sum(math.prod(entry.shape) for entry in header.values()), "bytes": os.path.getsize(find(name))}
+        for name, header in headers.items()
+    }
+    return content
 
 
 def _describe_adapter(content: dict[str, Any]) -> str:

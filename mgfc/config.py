@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypeVar
@@ -12,18 +12,19 @@ from mgfc.errors import ConfigError
 Layers = str | tuple[int, ...] | list[int]
 C = TypeVar("C", bound="_Config")
 
+# No size that a vision transformer has comes near; whatever is built from a configuration stays small enough to be refused.
+MAX_SIZE, MAX_NUMBER = 1 << 16, 1e9
+_LAYERS = re.compile(r"all|(first|last):0*[1-9]\d{0,4}", re.ASCII)
+
 
 def expect(condition: bool, where: str, expected: str, found: object) -> None:
     if not condition:
-        raise ConfigError(f"{where}: expected {expected}, found {found!r}.")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+        shown = "a huge number" if isinstance(found, int) and found.bit_length() > 1000 else repr(found)
+        raise ConfigError(f"{where}: expected {expected}, found {shown if len(shown) < 500 else shown[:500] + '...'}.")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER
 
 
 class _Config:
@@ -62,11 +63,18 @@ class _Config:
             layers = tuple(layers)
             object.__setattr__(self, "layers", layers)
         if isinstance(layers, str):
-            kind, _, count = layers.partition(":")
-            valid = layers == "all" or (kind in ("first", "last") and count.isdecimal() and int(count) > 0)
+            valid = _LAYERS.fullmatch(layers) is not None
         else:
-            valid = isinstance(layers, tuple) and len(layers) > 0 and all(_is_int(i) for i in layers)
+            is_tuple = isinstance(layers, tuple) and 0 < len(layers) <= MAX_SIZE
+            valid = is_tuple and all(type(i) is int and abs(i) <= MAX_SIZE for i in layers)
         expect(valid, f"{type(self).__name__}.layers", '"all", "first:n", "last:n" or a tuple of block indices', layers)
+
+    def _check_size(self, name: str, least: int = 1, most: int = MAX_SIZE, odd: bool = False, optional: bool = False) -> None:
+        value, where = getattr(self, name), f"{type(self).__name__}.{name}"
+        expected = f"an {'odd ' * odd}int > {least - 1}{' or None' * optional}"
+        valid = (optional and value is None) or (type(value) is int and value >= least and (value % 2 == 1 or not odd))
+        expect(valid, where, expected, value)
+        expect(value is None or value <= most, where, f"at most {most}", value)
 
     def _check_share(self, name: str) -> None:
         value = getattr(self, name)
@@ -118,8 +126,7 @@ class MediumConfig(_Config):
     loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        valid = _is_int(self.num_prototypes) and self.num_prototypes > 0
-        expect(valid, "MediumConfig.num_prototypes", "an int > 0", self.num_prototypes)
+        self._check_size("num_prototypes")
         valid = _is_number(self.temperature) and self.temperature > 0
         expect(valid, "MediumConfig.temperature", "a finite number > 0", self.temperature)
         self._check_share("strength")
@@ -142,8 +149,7 @@ class FineConfig(_Config):
     loss_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        valid = _is_int(self.kernel_size) and self.kernel_size > 1 and self.kernel_size % 2 == 1
-        expect(valid, "FineConfig.kernel_size", "an odd int > 1", self.kernel_size)
+        self._check_size("kernel_size", least=2, most=255, odd=True)
         self._check_layers(self.layers)
         self._check_weight(self.loss_weight)
 
@@ -177,15 +183,13 @@ class MGFCConfig(_Config):
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        valid = self.rank is None or (_is_int(self.rank) and self.rank > 0)
-        expect(valid, "MGFCConfig.rank", "an int > 0 or None", self.rank)
+        self._check_size("rank", optional=True)
         self._check_layers(self.layers)
         for name, stage_class in _stage_classes().items():
             stage = getattr(self, name)
             valid = stage is None or isinstance(stage, stage_class)
             expect(valid, f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
-        valid = self.num_classes is None or (_is_int(self.num_classes) and self.num_classes > 0)
-        expect(valid, "MGFCConfig.num_classes", "an int > 0 or None", self.num_classes)
+        self._check_size("num_classes", optional=True)
         if self.rank is None and "coarse" in self.loss_weights:
             expected = "0 without low-rank adapters, which the loss reads and trains"
             expect(False, "CoarseConfig.loss_weight", expected, self.loss_weights["coarse"])
@@ -215,9 +219,8 @@ class ReinConfig(_Config):
     layers: Layers = "all"
 
     def __post_init__(self) -> None:
-        expect(_is_int(self.num_tokens) and self.num_tokens > 1, "ReinConfig.num_tokens", "an int > 1", self.num_tokens)
-        valid = self.token_rank is None or (_is_int(self.token_rank) and self.token_rank > 0)
-        expect(valid, "ReinConfig.token_rank", "an int > 0 or None", self.token_rank)
+        self._check_size("num_tokens", least=2)
+        self._check_size("token_rank", optional=True)
         self._check_layers(self.layers)
 
     @property
@@ -232,7 +235,7 @@ def read_config(method: object, values: Mapping[str, Any]) -> AdapterConfig:
     Raises:
         ConfigError: if there is no such method, or the dict is not one of its configurations.
     """
-    expect(method in METHODS, "method", f"one of {', '.join(METHODS)}", method)
+    expect(isinstance(method, str) and method in METHODS, "method", f"one of {', '.join(METHODS)}", method)
     return METHODS[str(method)].from_dict(values)
 
 

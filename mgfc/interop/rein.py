@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from torch import Tensor
 from mgfc.adapter import Adapter
 from mgfc.backbones.description import BlockWidths
 from mgfc.config import ReinConfig
-from mgfc.errors import AdapterFileError, AdapterNotFoundError
+from mgfc.errors import AdapterFileError, ConfigError
+from mgfc.storage.checkpoint import read_checkpoint
 from mgfc.storage.directory import write
 from mgfc.storage.format import describe_adapter
 
@@ -30,51 +30,7 @@ _SHARED = {
 _TOKENS = ("learnable_tokens", "learnable_tokens_a", "learnable_tokens_b")
 # The link from tokens to a head's queries is the head's business.
 _LINK = ("transform.", "merge.")
-
-
-class _Inert:
-    """Stands for whatever else a checkpoint pickles: takes any arguments and state, and does nothing."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-    def append(self, *values: object) -> None:
-        pass
-
-    extend = append
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a PyTorch or mmengine checkpoint; no code that it names is imported or run.
-
-    Raises:
-        AdapterNotFoundError: if there is no such file.
-        AdapterFileError: if it is damaged, or holds no dict of tensors.
-    """
-    if not path.is_file():
-        raise AdapterNotFoundError(f"{path}: expected a checkpoint, found no such file.")
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        raise AdapterFileError(
-            f"{path}: expected a checkpoint that torch.load can read with weights_only=True, found otherwise "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})."
-        ) from None
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise AdapterFileError(f"{path}: expected a dict of tensors, found {type(content).__name__}.")
-    return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+_MAX_DEPTH = 256
 
 
 def convert_rein(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Adapter:
@@ -95,7 +51,7 @@ def convert_rein(checkpoint: str | os.PathLike[str], directory: str | os.PathLik
         AdapterFileError: if it is damaged, or holds no Rein adapter.
     """
     path = Path(checkpoint)
-    state = read_state(path)
+    state = read_checkpoint(path)
     reins = {_REINS.sub("", key): value for key, value in state.items() if _REINS.match(key)}
     link = {f"reins.{key}": reins.pop(key) for key in list(reins) if key.startswith(_LINK)}
     head = {key.removeprefix(_HEAD): value for key, value in state.items() if key.startswith(_HEAD)} | link
@@ -123,7 +79,7 @@ def _build(reins: Mapping[str, Tensor], path: Path) -> Adapter:
     expected = "expected the keys of a Rein adapter (backbone.reins.learnable_tokens or ..._a and ..._b, scale, mlp_*)"
     low_rank = "learnable_tokens_a" in reins
     tokens = reins.get("learnable_tokens_a" if low_rank else "learnable_tokens")
-    basis = reins.get("learnable_tokens_b")
+    basis = reins.get("learnable_tokens_b") if low_rank else None
     missing = [key for key in _SHARED if key not in reins]
     unknown = [key for key in reins if key not in _SHARED and key not in _TOKENS]
     if tokens is None or tokens.ndim != 3 or (low_rank and basis is None) or missing or unknown:
@@ -132,15 +88,25 @@ def _build(reins: Mapping[str, Tensor], path: Path) -> Adapter:
         )
         raise AdapterFileError(f"{path}: {expected}, found {found}.")
     depth, num_tokens, width = tokens.shape
-    dim = reins["mlp_delta_f.weight"].shape[-1]
-    adapter = Adapter(ReinConfig(num_tokens, width if low_rank else None), [BlockWidths(dim, dim, 4 * dim)] * depth)
-    state = {ours: reins[theirs] for theirs, ours in _SHARED.items()}
+    dim = width if basis is None else basis.shape[-1] if basis.ndim == 3 else 0
+    linear = {"weight": (dim, dim), "bias": (dim,)}
+    shapes = {f"{part}.{kind}": shape for part in ("mlp_token2feat", "mlp_delta_f") for kind, shape in linear.items()}
+    shapes |= {"scale": ()} | ({"learnable_tokens_b": (depth, width, dim)} if low_rank else {})
+    differing = [key for key, shape in shapes.items() if tuple(reins[key].shape) != shape]
+    is_real = all(value.is_floating_point() for value in reins.values())
+    if differing or not is_real or not 0 < depth <= _MAX_DEPTH or not dim or num_tokens < 2:
+        where = f"{differing[0]} of shape {tuple(reins[differing[0]].shape)}" if differing else f"tokens {tuple(tokens.shape)}"
+        raise AdapterFileError(f"{path}: {expected} of shapes that fit and at most {_MAX_DEPTH} blocks, found {where}.")
     try:
-        for index in range(depth):
-            state[f"layers.{index}.tokens"] = tokens[index]
-            if low_rank and basis is not None:
-                state[f"layers.{index}.basis"] = basis[index]
-        adapter.load_state_dict(state)
-    except (RuntimeError, IndexError) as error:
-        raise AdapterFileError(f"{path}: {expected} of shapes that fit, found otherwise ({error}).") from None
+        with torch.device("meta"):
+            config = ReinConfig(num_tokens, width if low_rank else None)
+            adapter = Adapter(config, [BlockWidths(dim, dim, 4 * dim)] * depth)
+    except ConfigError as error:
+        raise AdapterFileError(f"{path}: {error}") from None
+    state = {ours: reins[theirs].float().clone() for theirs, ours in _SHARED.items()}
+    for index in range(depth):
+        state[f"layers.{index}.tokens"] = tokens[index].float().clone()
+        if basis is not None:
+            state[f"layers.{index}.basis"] = basis[index].float().clone()
+    adapter.load_state_dict(state, assign=True)
     return adapter

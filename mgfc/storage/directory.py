@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from mgfc import peft
 from mgfc.adapter import Adapter
 from mgfc.backbones.description import describe
 from mgfc.backbones.detection import Tower
 from mgfc.distributed import gathered, process, whole
-from mgfc.errors import AdapterNotFoundError
 from mgfc.storage.card import is_edited_card, model_card
 from mgfc.storage.format import CARD, CONFIG, HEAD, WEIGHTS, check_notes, describe_adapter, encode_config
+from mgfc.storage.locking import locked
+from mgfc.storage.ownership import refuse_foreign
+from mgfc.storage.parsing import named_in_our_words
+from mgfc.storage.snapshot import INCOMING, DirectoryFiles
+from mgfc.storage.tensors import checksum_of, encode_tensors
+from mgfc.storage.tuner import NO_FILES
+from mgfc.storage.tuner import files as files_of_peft
 
-_INCOMING, _STAGING = ".incoming", ".saving-"
+_STAGING = ".saving-"
 
 Content: TypeAlias = "bytes | nn.Module | Mapping[str, Tensor] | None"
 
@@ -42,8 +48,9 @@ def save(
     Under `torch.distributed` the first process writes, and all have to call this where parameters are sharded (FSDP,
     ZeRO-3).
 
-    The save is atomic: whatever interrupts it, a reader finds the files of before or those of now. Other files in the
-    directory stay; so does a model card that was edited (one without the mark that generated cards carry).
+    The save is atomic: whatever interrupts it, a reader finds the files of before or those of now, also while another
+    process saves. Other files in the directory stay; so does a model card that was edited (one without the mark that
+    generated cards carry).
 
     Args:
         directory: made if missing.
@@ -57,7 +64,9 @@ def save(
         with_peft: also write the PEFT adapter that is in the backbone.
 
     Raises:
-        ConfigError: if `training` or the head's `arguments` cannot be written as JSON.
+        ConfigError: if `training` or the head's `arguments` cannot be written as JSON, or a tensor is not finite.
+        AdapterFileError: if a model that is no adapter of this library lies there; it stays as it is.
+        AdapterNotFoundError: if the directory cannot be written; an adapter of before stays whole.
 
     Warns:
         UserWarning: if the calibrators were trained, but in eval mode, so that their statistics are empty.
@@ -66,15 +75,17 @@ def save(
     notes: dict[str, Any] = {"head": described, "training": training, "license": license, "has_peft": with_peft}
     check_notes(training or {})
     with gathered(tower.root, head):
-        if adapter.num_batches == 0 and any(whole(p).any() for n, p in adapter.named_parameters() if n.endswith(".up.weight")):
+        if adapter.num_batches == 0 and any(
+            whole(p).any() for n, p in adapter.named_parameters() if n.endswith(".low_rank.up")
+        ):
             warnings.warn(
                 "The calibrators were trained, but their statistics have seen no batch: the backbone was in eval mode, and the "
                 "coarse and medium stages have no effect. Train with backbone.train(); frozen parameters stay frozen.",
                 stacklevel=3,
             )
         backbone = describe(tower) | ({} if base_model is None else {"base_model": base_model})
-        tuner = peft.files(tower.root) if with_peft else peft.NO_FILES
-        write(Path(directory), adapter, describe_adapter(adapter.config, backbone, **notes), head, tuner)
+        peft_files = files_of_peft(tower.root) if with_peft else NO_FILES
+        write(Path(directory), adapter, describe_adapter(adapter.config, backbone, **notes), head, peft_files)
 
 
 def write(
@@ -82,7 +93,7 @@ def write(
     adapter: Adapter,
     content: Mapping[str, Any],
     head: Content = None,
-    tuner: Mapping[str, Content] = peft.NO_FILES,
+    tuner: Mapping[str, Content] = NO_FILES,
 ) -> None:
     """Writes an adapter's files, all or none.
 
@@ -94,84 +105,74 @@ def write(
         tuner: files of a PEFT adapter by name; None removes one of an earlier save.
 
     Raises:
-        ConfigError: if the content cannot be written as JSON.
+        ConfigError, AdapterFileError, AdapterNotFoundError: as in `save`.
     """
-    files: dict[str, Content] = {CONFIG: encode_config(content), WEIGHTS: adapter, HEAD: head, **tuner}
-    card = directory / CARD
-    if not (card.is_file() and is_edited_card(card)):
-        files[CARD] = model_card(content, adapter.num_parameters).encode()
-    _write_together(directory, files)
+    names = {WEIGHTS: adapter, HEAD: head, **tuner}
+    files = {name: _encode(value, name) for name, value in names.items()}
+    sums = {name: checksum_of(data) for name, data in files.items() if data is not None}
+    files[CONFIG] = encode_config(dict(content) | {"checksums": sums})
+    files[CARD] = model_card(content, adapter.num_parameters).encode("utf-8", "backslashreplace")
+    if process()[0] == 0:
+        with named_in_our_words(directory, "written"):
+            _write_together(directory, files)
 
 
-def find_file(directory: Path, name: str) -> Path:
-    """One file of an adapter, also where a save was interrupted while it moved its files to their places.
-
-    Raises:
-        AdapterNotFoundError: if there is none.
-    """
-    for path in (directory / _INCOMING / name, directory / name):
-        if path.is_file():
-            return path
-    raise AdapterNotFoundError(
-        f"{directory}: expected a file {name}, found none. An adapter's directory is what save_pretrained writes."
-    )
-
-
-def _write_together(directory: Path, files: Mapping[str, Content]) -> None:
-    """Writes files beside their places, commits all of them by one rename, then moves them to their places.
-
-    From the rename on a reader looks into `.incoming` first; a file that is None is removed.
-    """
-    encoded = {name: _encode(content) for name, content in files.items()}
-    if process()[0] != 0:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    _finish(directory)
-    for left_by_a_crash in directory.glob(f"{_STAGING}*"):
-        shutil.rmtree(left_by_a_crash, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
-    try:
-        for name, content in encoded.items():
-            if content is not None:
-                path = staging / name
-                path.write_bytes(content)
-                _sync(path)
-        os.replace(staging, directory / _INCOMING)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    _sync(directory)
-    _finish(directory)
-    for name, content in encoded.items():
-        if content is None and (directory / name).exists():
-            (directory / name).unlink()
-
-
-def _encode(content: Content) -> bytes | None:
+def _encode(content: Content, name: str) -> bytes | None:
     """What a file holds: modules and dicts of tensors in safetensors format."""
-    from safetensors.torch import save
+    return encode_tensors(content, name, masks=name == HEAD) if isinstance(content, (nn.Module, Mapping)) else content
 
-    if isinstance(content, nn.Module):
-        content = content.state_dict()
-    if not isinstance(content, Mapping):
-        return content
-    # Clones, since safetensors refuses tensors that share memory, as tied weights of a head do.
-    tensors = {key: whole(value.detach()).clone().contiguous() for key, value in content.items()}
-    # Not save_file, whose files nobody but their owner may read.
-    return save(tensors, metadata={"format": "pt"})
+
+def _write_together(directory: Path, files: dict[str, bytes | None]) -> None:
+    """Makes files the current generation, as `mgfc.storage.snapshot` says; one that is None is removed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory) as alone:
+        names = [path.name for path in directory.iterdir()]
+        refuse_foreign(str(directory), names, lambda: DirectoryFiles(directory)(CONFIG))
+        _finish(directory)
+        if alone:
+            for left_by_a_crash in directory.glob(f"{_STAGING}*"):
+                shutil.rmtree(left_by_a_crash, ignore_errors=True)
+        card = directory / CARD
+        if card.is_file() and is_edited_card(card):
+            files.pop(CARD)
+        staging = directory / f"{_STAGING}{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            staging.mkdir()  # with the mode that the umask gives, so that others can read what a crash leaves
+            for name, data in files.items():
+                if data is not None:
+                    _write(staging / name, data)
+            sync_directory(staging)
+            os.replace(staging, directory / INCOMING)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        sync_directory(directory)
+        _finish(directory)
+        for name, data in files.items():
+            if data is None and (directory / name).exists():
+                (directory / name).unlink()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file, down to the disk."""
+    path.write_bytes(data)
+    with path.open("r+b") as file:  # Windows syncs only what may be written
+        os.fsync(file.fileno())
 
 
 def _finish(directory: Path) -> None:
-    """Moves committed files to their places, also those of a save that was interrupted there."""
-    incoming = directory / _INCOMING
+    """Moves the files of the current generation to their places, also those of a save that was interrupted there."""
+    incoming = directory / INCOMING
     if incoming.is_dir():
         for path in incoming.iterdir():
             os.replace(path, directory / path.name)
         incoming.rmdir()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sync_directory(directory: Path) -> None:
+    """Brings the names in a directory down to the disk, where the system can: Windows opens no directories."""
+    with suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from mgfc._version import __version__
 from mgfc.config import AdapterConfig, method_of
 from mgfc.config import read_config as read_calibration
 from mgfc.errors import AdapterFileError, ConfigError
+from mgfc.storage.legacy import upgrade_calibration
+from mgfc.storage.parsing import MAX_JSON_BYTES, parse_json, read_json, shorten
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
 # What an adapter and the backbone that it is loaded for must have in common.
 MUST_MATCH = ("depth", "embed_dim", "patch_size", "num_prefix_tokens")
-_MAX_CONFIG_BYTES = 1 << 20
+_MAX_SIZE = 1 << 20  # of anything about a backbone
+_CHECKSUM = re.compile("[0-9a-f]{64}")
 
 
 def describe_adapter(
@@ -70,43 +72,89 @@ def encode_config(content: Mapping[str, Any]) -> bytes:
         ConfigError: if the content cannot be written as JSON.
     """
     try:
-        return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
-    except (TypeError, ValueError) as error:
+        data = (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"training, head.arguments: expected what JSON can hold, found otherwise ({error}).") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise ConfigError(f"training: expected a config.json of at most {MAX_JSON_BYTES} bytes, found {len(data)}. Shorten it.")
+    try:
+        parse_json(data, CONFIG)
+    except AdapterFileError as error:
+        raise ConfigError(f"training, head.arguments, license: expected what can be read back. {error}") from None
+    return data
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Reads and checks an adapter's `config.json`.
 
     Raises:
+        AdapterNotFoundError: if it cannot be read.
         AdapterFileError: if it is damaged, oversized or of a format from the future.
     """
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise AdapterFileError(f"{path}: expected at most {_MAX_CONFIG_BYTES} bytes, found {path.stat().st_size}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path}: expected JSON, found a damaged file ({error}). Fetch or save it again.") from None
-    if not isinstance(content, dict) or content.get("library_name") != "mgfc":
+    content: dict[str, Any] = read_json(path)
+    if not is_adapter(content):
         raise AdapterFileError(
             f'{path}: expected the configuration of an mgfc adapter ("library_name": "mgfc"), found another.'
         )
     version = content.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise AdapterFileError(
-            f"{path}: expected format version {FORMAT_VERSION} or older, found {version!r}, written by mgfc "
-            f"{content.get('mgfc_version')}. Upgrade mgfc."
+            f"{path}: expected format version {FORMAT_VERSION} or older, found {shorten(repr(version))}, written by mgfc "
+            f"{shorten(str(content.get('mgfc_version')))}. Upgrade mgfc."
         )
     _require_entries(path, content, ("calibration", "backbone"), dict, "")
     _require_entries(path, content["backbone"], MUST_MATCH, object, " of the backbone")
-    size, training = content["backbone"]["patch_size"], content.get("training")
-    for name, value, kind in (("patch_size", size, list), ("training", training, dict)):
-        if not isinstance(value, kind | None):
-            raise AdapterFileError(f"{path}: expected {name} to be a {kind.__name__} or null, found {value!r}.")
+    for where, checks in (("", _CHECKS), ("backbone.", _BACKBONE_CHECKS)):
+        values = content["backbone"] if where else content
+        for name, (expected, is_valid) in checks.items():
+            value = values.get(name)
+            if value is not None and not is_valid(value):
+                found = shorten(repr(value))
+                raise AdapterFileError(f"{path}: expected {where}{name} to be {expected} or null, found {found}.")
     return content
 
 
-def _require_entries(path: Path, values: Mapping[str, Any], keys: Sequence[str], kind: type, where: str) -> None:
+def is_adapter(content: object) -> bool:
+    """Whether parsed JSON is the configuration of an adapter of this library."""
+    return isinstance(content, dict) and content.get("library_name") == "mgfc"
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_SIZE
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= _MAX_SIZE and all(map(_is_size, value))
+
+
+def _are_checksums(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) and _CHECKSUM.fullmatch(v) for v in value.values())
+
+
+def _of(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "training": ("a dict", _of(dict)),
+    "head": ("a dict", _of(dict)),
+    "peft": ("true or false", _of(bool)),
+    "license": ("a text", _of(str)),
+    "mgfc_version": ("a text", _of(str)),
+    "checksums": ("a dict of SHA-256 by file name", _are_checksums),
+}
+_BACKBONE_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "depth": ("a size", _is_size),
+    "embed_dim": ("a size, or one for each block", lambda value: _is_size(value) or _are_sizes(value)),
+    "patch_size": ("a list", _are_sizes),
+    "num_prefix_tokens": ("a size", _is_size),
+    "library": ("a text", _of(str)),
+    "architecture": ("a text", _of(str)),
+    "base_model": ("a text", _of(str)),
+}
+
+
+def _require_entries(path: Path, values: Mapping[str, Any], keys: tuple[str, ...], kind: type, where: str) -> None:
     missing = [key for key in keys if key not in values or not isinstance(values[key], kind)]
     if missing:
         raise AdapterFileError(f"{path}: expected an entry {missing[0]!r}{where}, found none. Fetch or save it again.")
@@ -118,25 +166,10 @@ def calibration_of(content: Mapping[str, Any], path: Path) -> AdapterConfig:
     Raises:
         AdapterFileError: if it is none.
     """
+    method, values = content.get("method", "mgfc"), content["calibration"]
+    if content["format_version"] == 1 and method == "mgfc":
+        values = upgrade_calibration(values)
     try:
-        return read_calibration(content.get("method", "mgfc"), content["calibration"])
+        return read_calibration(method, values)
     except ConfigError as error:
         raise AdapterFileError(f"{path}: {error}") from None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
-
-    Raises:
-        AdapterFileError: if it is damaged, truncated or longer than its header says.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise AdapterFileError(
-            f"{path}: expected {path.name} in safetensors format, found a damaged file of {path.stat().st_size} bytes "
-            f"({error}). Fetch or save it again."
-        ) from None

@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mgfc.errors import AdapterNotFoundError
+from mgfc.errors import AdapterFileError, AdapterNotFoundError, MGFCError
 from mgfc.storage.card import is_edited_card
-from mgfc.storage.format import CARD, HEAD
+from mgfc.storage.format import CARD, CONFIG, HEAD
+from mgfc.storage.ownership import refuse_foreign
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 
-def locate(repo_id: str, *, revision: str | None = None, **options: Any) -> Callable[[str], Path]:
-    """How to reach the files of a Hub repository: all of one commit, downloaded once, cached, and usable offline.
+class HubFiles:
+    """Those of a Hub repository: all of one commit, downloaded once, cached, and usable offline.
 
     Args:
         repo_id: organisation/name.
         revision: branch, tag or commit.
-        **options: `token`, `cache_dir` and `local_files_only`, as in `wrap_backbone`.
-
-    Raises:
-        AdapterNotFoundError: from the returned function, if a file cannot be reached.
+        local_files_only: never use the network.
+        **options: `token` and `cache_dir`, as in `wrap_backbone`.
     """
-    pinned: list[str] = []
 
-    def find(name: str) -> Path:
-        path = _download(repo_id, name, revision=pinned[0] if pinned else revision, **options)
+    def __init__(self, repo_id: str, *, revision: str | None = None, local_files_only: bool = False, **options: Any) -> None:
+        self._repo_id, self._revision, self._local_files_only, self._options = repo_id, revision, local_files_only, options
+        self._again: set[str] | None = None
+
+    def __call__(self, name: str) -> Path:
+        """Downloads a file, if it is not in the cache.
+
+        Raises:
+            AdapterNotFoundError: if it cannot be reached.
+        """
+        path = self._fetch(name)
         # A branch may move between two files: the rest comes from the commit of the first.
-        pinned.append(path.parent.name)
+        self._revision = path.parent.name
         return path
 
-    return find
+    def _fetch(self, name: str) -> Path:
+        options = {**self._options, "revision": self._revision, "local_files_only": self._local_files_only}
+        if self._again is not None and name not in self._again:
+            self._again.add(name)
+            try:
+                return _download(self._repo_id, name, force_download=True, **options)
+            except AdapterNotFoundError:
+                pass  # what the damaged file says tells more
+        return _download(self._repo_id, name, **options)
+
+    def begin(self) -> None:
+        """Nothing to note: a commit never changes."""
+
+    def is_stale(self, error: MGFCError | None) -> bool:
+        """Whether a file was damaged, perhaps by its download: the next read fetches all of them again, once."""
+        if not isinstance(error, AdapterFileError) or self._again is not None or self._local_files_only:
+            return False
+        self._again = set()
+        return True
 
 
 def _download(repo_id: str, name: str, *, local_files_only: bool = False, **options: Any) -> Path:
@@ -43,6 +67,7 @@ def _download(repo_id: str, name: str, *, local_files_only: bool = False, **opti
         return Path(hf_hub_download(repo_id, name, local_files_only=local_files_only, library_name="mgfc", **options))
     except (OSError, _connection_error(), ValueError) as error:
         if not local_files_only and _is_interruption(error):
+            options.pop("force_download", None)
             try:
                 return Path(hf_hub_download(repo_id, name, local_files_only=True, **options))
             except errors.LocalEntryNotFoundError:
@@ -117,12 +142,15 @@ def upload(
 
     Raises:
         AdapterNotFoundError: if the Hub cannot be reached or refuses.
+        AdapterFileError: if the repository holds a model that is no adapter of this library; it stays as it is.
     """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="mgfc")
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
+        names = api.list_repo_files(repo_id, revision=revision)
+        refuse_foreign(repo_id, names, lambda: _download(repo_id, CONFIG, revision=revision, token=token))
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,
@@ -132,6 +160,8 @@ def upload(
             commit_message=commit_message,
             create_pr=create_pr,
         )
+    except AdapterFileError:
+        raise
     except (OSError, _connection_error(), ValueError) as error:
         raise AdapterNotFoundError(
             f"{repo_id} could not be uploaded ({type(error).__name__}: {error}). Check the name, log in with a token that "

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mgfc import peft
 from mgfc.adapter import Adapter
@@ -20,34 +19,21 @@ from mgfc.backbones.stem import in_channels
 from mgfc.config import AdapterConfig, MGFCConfig
 from mgfc.errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, ConfigError
 from mgfc.heads import SegmentationHead
-from mgfc.storage.directory import find_file
-from mgfc.storage.format import CONFIG, HEAD, MUST_MATCH, WEIGHTS, calibration_of, read_config, read_tensors
+from mgfc.storage.format import CONFIG, HEAD, MUST_MATCH, WEIGHTS, calibration_of, read_config
+from mgfc.storage.legacy import is_new_since, upgrade_names, upgrade_tensors, warn_of_format
+from mgfc.storage.matching import compare_head, compare_sizes, compare_state, fill, require_finite
+from mgfc.storage.parsing import named_in_our_words, read_json, shorten
+from mgfc.storage.snapshot import DirectoryFiles, Files, consistently
+from mgfc.storage.tensors import read_header, read_tensors
+from mgfc.storage.trainer import find_checkpoint, read_calibrators
+from mgfc.storage.tuner import make_config
 
 _FINGERPRINT_TOLERANCE = 0.01
 
 Source = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What an adapter's files hold, as plain data.
-
-    Args:
-        source: directory or repository, as the user named it.
-        config: of the calibrators.
-        backbone: description of the backbone that they were made for.
-        tensors: parameters and statistics of the calibrators.
-        tuner: a PEFT adapter beside them, if there is one.
-    """
-
-    source: str
-    config: AdapterConfig
-    backbone: Mapping[str, Any]
-    tensors: dict[str, Tensor]
-    tuner: peft.Tuner | None
-
-
-def locate(source: Source, **hub_options: Any) -> Callable[[str], Path]:
+def locate(source: Source, **hub_options: Any) -> Files:
     """How to reach the files of an adapter: in a directory, without any network, or in a Hub repository.
 
     Args:
@@ -59,21 +45,24 @@ def locate(source: Source, **hub_options: Any) -> Callable[[str], Path]:
     """
     text = os.fspath(source)
     path = Path(os.path.expanduser(text.removeprefix("local-dir:")))
-    if path.is_dir():
-        return lambda name: find_file(path, name)
-    if path.exists():
+    with named_in_our_words(path):
+        if os.path.isdir(path):
+            return DirectoryFiles(path)
+        is_file = path.exists()
+    if is_file:
         raise AdapterNotFoundError(f"{text}: expected the directory of an adapter, found a file. Give its directory.")
     if text.startswith("local-dir:") or not isinstance(source, str) or path.is_absolute() or text.startswith((".", "~")):
         raise AdapterNotFoundError(f"{text}: expected the directory of an adapter, found none.")
-    from mgfc.storage import hub
+    from mgfc.storage.hub import HubFiles
 
-    return hub.locate(text.removeprefix("hf-hub:"), **hub_options)
+    return HubFiles(text.removeprefix("hf-hub:"), **hub_options)
 
 
 def make_adapter(tower: Tower, source: AdapterConfig | Source | None, **hub_options: Any) -> tuple[Adapter, peft.Tuner | None]:
     """A fresh adapter of a configuration (None: the default one), or a saved one, for a backbone that stays untouched.
 
-    A saved one may have a PEFT adapter beside it, which is returned, too.
+    A saved one may have a PEFT adapter beside it, which is returned, too. A path may also be that of a checkpoint of a
+    whole wrapped model (see `mgfc.storage.trainer`).
 
     Raises:
         ConfigError: if the configuration does not fit the backbone, or `source` is of another type.
@@ -82,46 +71,59 @@ def make_adapter(tower: Tower, source: AdapterConfig | Source | None, **hub_opti
     if source is None or isinstance(source, AdapterConfig):
         return _adapter(source or MGFCConfig(), tower), None
     if isinstance(source, (str, os.PathLike)):
-        saved = read(source, **hub_options)
-        return build(saved, tower), saved.tuner
+        checkpoint = find_checkpoint(source)
+        if checkpoint is not None:
+            return read_calibrators(checkpoint, tower), None
+        return consistently(locate(source, **hub_options), lambda files: read(os.fspath(source), files, tower))
     raise ConfigError(f"adapter: expected an MGFCConfig, a directory or a Hub id, found {type(source).__name__}.")
 
 
-def read(source: Source, **hub_options: Any) -> Saved:
-    """Reads the files of an adapter.
+def read(source: str, files: Files, tower: Tower) -> tuple[Adapter, peft.Tuner | None]:
+    """The adapter that files hold, and a PEFT adapter beside it, for a backbone that stays untouched.
+
+    What the files say about shapes is compared before anything of such a shape is made.
 
     Raises:
-        AdapterNotFoundError: if they cannot be reached.
+        AdapterNotFoundError: if the files cannot be reached.
         AdapterFileError: if one is damaged.
-    """
-    find = locate(source, **hub_options)
-    path = find(CONFIG)
-    content = read_config(path)
-    config = calibration_of(content, path)
-    tensors = read_tensors(find(WEIGHTS))
-    tuner = (peft.read_config(find(peft.CONFIG)), read_tensors(find(peft.WEIGHTS))) if content.get("peft") else None
-    return Saved(os.fspath(source), config, content["backbone"], tensors, tuner)
-
-
-def build(saved: Saved, tower: Tower) -> Adapter:
-    """The adapter that files hold, for a backbone that stays untouched.
-
-    Raises:
         AdapterMismatchError: if it was made for another backbone, or its tensors are not those of its configuration.
 
     Warns:
-        UserWarning: if the backbone has the same shape and other weights.
+        UserWarning: if the backbone has the same shape and other weights, or the files are of an old format.
     """
+    path = files(CONFIG)
+    content = read_config(path)
+    config = calibration_of(content, path)
     found = describe(tower)
-    _compare_backbones(saved, found)
+    _compare_backbones(source, content["backbone"], found)
+    is_old = content["format_version"] == 1 and isinstance(config, MGFCConfig)
+    weights = files(WEIGHTS)
+    header = upgrade_names(read_header(weights)) if is_old else read_header(weights)
+    compare_sizes(config, header, source)
     try:
         with torch.device("meta"):
-            adapter = _adapter(saved.config, tower)
+            adapter = _adapter(config, tower)
     except ConfigError as error:
-        raise AdapterMismatchError(f"{saved.source} does not fit this {found['architecture']}. {error}") from None
-    _load_strictly(adapter, saved.tensors, saved.source)
-    _compare_fingerprints(saved, found["fingerprint"])
-    return adapter
+        raise AdapterMismatchError(f"{source} does not fit this {found['architecture']}. {error}") from None
+    optional = {name for name in adapter.state_dict() if is_old and is_new_since(name)}
+    compare_state(adapter, header, source, optional)
+    sums = content.get("checksums") or {}
+    tensors = read_tensors(weights, sums.get(WEIGHTS))
+    fill(adapter, upgrade_tensors(tensors) if is_old else tensors, source)
+    beside = _read_tuner(files, sums) if content.get("peft") else None
+    _compare_fingerprints(source, content["backbone"], found["fingerprint"])
+    if is_old:
+        warn_of_format(source, stacklevel=7)
+    return adapter, beside
+
+
+def _read_tuner(files: Files, sums: Mapping[str, str]) -> peft.Tuner:
+    path = files(peft.CONFIG)
+    values = read_json(path)
+    weights = files(peft.WEIGHTS)
+    tensors = read_tensors(weights, sums.get(peft.WEIGHTS))
+    require_finite(tensors, str(weights))
+    return make_config(values, path), tensors
 
 
 def _adapter(config: AdapterConfig, tower: Tower) -> Adapter:
@@ -141,72 +143,53 @@ def load_head(source: str | os.PathLike[str], head: nn.Module | None = None, **h
         AdapterFileError: if a file is damaged.
         AdapterMismatchError: if `head` has other parameters.
     """
-    find = locate(source, **hub_options)
-    described = read_config(find(CONFIG)).get("head")
-    if not isinstance(described, dict):
-        raise AdapterNotFoundError(f"{os.fspath(source)}: expected a saved head, found an adapter without one.")
+    return consistently(locate(source, **hub_options), lambda files: _read_head(os.fspath(source), files, head))
+
+
+def _read_head(source: str, files: Files, head: nn.Module | None) -> nn.Module:
+    content = read_config(files(CONFIG))
+    described = content.get("head")
+    if described is None:
+        raise AdapterNotFoundError(f"{source}: expected a saved head, found an adapter without one.")
+    if head is None and described.get("class") != "SegmentationHead":
+        raise AdapterMismatchError(
+            f"{source}: expected a SegmentationHead, found a head of class {shorten(str(described.get('class')))}. "
+            "Build that module yourself and pass it as `head`."
+        )
+    path = files(HEAD)
+    header = read_header(path)
     if head is None:
-        if described.get("class") != "SegmentationHead":
-            raise AdapterMismatchError(
-                f"{os.fspath(source)}: expected a SegmentationHead, found a head of class {described.get('class')}. "
-                "Build that module yourself and pass it as `head`."
-            )
+        arguments = described.get("arguments")
+        compare_head(arguments, header, source)
         try:
             with torch.device("meta"):
-                head = SegmentationHead(**described["arguments"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise AdapterFileError(f"{os.fspath(source)}: expected the arguments of a SegmentationHead ({error}).") from None
-    _load_strictly(head, read_tensors(find(HEAD)), os.fspath(source))
+                head = SegmentationHead(**arguments)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AdapterFileError(f"{source}: expected the arguments of a SegmentationHead ({error}).") from None
+    compare_state(head, header, source)
+    fill(head, read_tensors(path, (content.get("checksums") or {}).get(HEAD)), source, masks=True)
     return head
 
 
-def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    own = module.state_dict()
-    problems = [f"{key}: expected none, found one in the file" for key in tensors if key not in own]
-    problems += [f"{key}: expected in the file, found none" for key in own if key not in tensors]
-    problems += [
-        f"{key}: expected shape {tuple(own[key].shape)}, found {tuple(tensors[key].shape)}"
-        for key in own
-        if key in tensors and own[key].shape != tensors[key].shape
-    ]
-    problems += [
-        f"{key}: expected a tensor like {own[key].dtype}, found {tensors[key].dtype}"
-        for key in own
-        if key in tensors and own[key].is_floating_point() != tensors[key].is_floating_point()
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise AdapterMismatchError(f"{source}: tensors and configuration disagree. {problems[0]}{more}.")
-    # A module of the user's keeps its parameters, with their device and dtype: an optimizer may hold them already.
-    assign = any(value.is_meta for value in own.values())
-    # Tensors lie in a file as they come; a copy is aligned, as a fresh parameter is, so that the same kernels run.
-    module.load_state_dict({key: value.clone() for key, value in tensors.items()} if assign else tensors, assign=assign)
-    for part in module.modules():
-        for name, value in part.named_buffers(recurse=False):
-            if value.is_meta:  # state of a run that no file holds
-                setattr(part, name, torch.zeros_like(value, device="cpu"))
-
-
-def _compare_backbones(saved: Saved, found: Mapping[str, Any]) -> None:
-    expected = saved.backbone
+def _compare_backbones(source: str, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     differ = [key for key in MUST_MATCH if None not in (expected.get(key), found[key]) and expected.get(key) != found[key]]
     if differ:
         fields = "; ".join(f"{key}: expected {expected[key]}, found {found[key]}" for key in differ)
         raise AdapterMismatchError(
-            f"{saved.source} was made for {expected.get('architecture')} "
+            f"{source} was made for {expected.get('architecture')} "
             f"({expected.get('base_model') or 'weights of unknown name'}) and does not fit this {found['architecture']}. "
             f"{fields}. Load the backbone that it was made for."
         )
 
 
-def _compare_fingerprints(saved: Saved, found: list[float]) -> None:
-    expected = saved.backbone.get("fingerprint")
+def _compare_fingerprints(source: str, backbone: Mapping[str, Any], found: list[float]) -> None:
+    expected = backbone.get("fingerprint")
     if not isinstance(expected, list) or len(expected) != len(found) or not all(isinstance(x, (int, float)) for x in expected):
         return
     apart = [abs(a - b) > _FINGERPRINT_TOLERANCE * max(abs(a), 1e-12) for a, b in zip(expected, found, strict=True)]
     if any(apart):
         warnings.warn(
-            f"{saved.source} was trained on a backbone of the same shape but other weights: {sum(apart)} of {len(apart)} "
+            f"{source} was trained on a backbone of the same shape but other weights: {sum(apart)} of {len(apart)} "
             "blocks differ. Its calibrators will probably do harm; load the weights that its config.json names.",
-            stacklevel=5,
+            stacklevel=7,
         )
