@@ -159,8 +159,7 @@ class MGFCConfig(_Config):
     """The calibrators of one backbone.
 
     Args:
-        rank: r of the low-rank adapters, at most the width of the narrowest feed-forward network's input; None for
-            calibration alone, without any learnt part.
+        rank: r of the low-rank adapters, at most the feed-forward networks' input width; None for calibration alone.
         layers: blocks that get a calibrator: "all", "first:n", "last:n" or block indices (negative ones count from the end).
         coarse: the coarse stage, or None to leave it out.
         medium: the medium stage, or None to leave it out.
