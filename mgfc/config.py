@@ -82,8 +82,7 @@ class _Config:
         expect(valid, f"{type(self).__name__}.{name}", "a number from 0 to 1", value)
 
     def _check_weight(self, weight: float) -> None:
-        valid = _is_number(weight) and weight >= 0
-        expect(valid, f"{type(self).__name__}.loss_weight", "a finite number >= 0", weight)
+        expect(_is_number(weight) and weight >= 0, f"{type(self).__name__}.loss_weight", "a finite number >= 0", weight)
 
 
 @dataclass(frozen=True)
