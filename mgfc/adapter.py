@@ -115,7 +115,7 @@ class Adapter(nn.Module):
     @property
     def is_observed(self) -> bool:
         """Whether the statistics were gathered after training, in one pass over the source."""
-        return all(bool(mean.observed) for mean in self.statistics)
+        return all(bool(mean.observed >= 1) for mean in self.statistics)
 
     @property
     def learnt(self) -> bool:

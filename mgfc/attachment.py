@@ -161,9 +161,11 @@ class Attachment(Adapters):
 
     @contextmanager
     def fused(self) -> Iterator[None]:
-        """Within it, the low-rank adapters are fused, as by `fuse`."""
+        """Within it, the low-rank adapters are fused, as by `fuse`; afterwards as they were before."""
+        before = self.active.fused
         self.fuse()
         try:
             yield
         finally:
-            self.unfuse()
+            if not before:
+                self.unfuse()

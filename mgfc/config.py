@@ -82,8 +82,7 @@ class _Config:
         expect(valid, f"{type(self).__name__}.{name}", "a number from 0 to 1", value)
 
     def _check_weight(self, weight: float) -> None:
-        valid = _is_number(weight) and weight >= 0
-        expect(valid, f"{type(self).__name__}.loss_weight", "a finite number >= 0", weight)
+        expect(_is_number(weight) and weight >= 0, f"{type(self).__name__}.loss_weight", "a finite number >= 0", weight)
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,7 @@ class MGFCConfig(_Config):
     """The calibrators of one backbone.
 
     Args:
-        rank: r of the low-rank adapters, at most the width of the narrowest feed-forward network's input; None for
-            calibration alone, without any learnt part.
+        rank: r of the low-rank adapters, at most the feed-forward networks' input width; None for calibration alone.
         layers: blocks that get a calibrator: "all", "first:n", "last:n" or block indices (negative ones count from the end).
         coarse: the coarse stage, or None to leave it out.
         medium: the medium stage, or None to leave it out.
@@ -187,10 +185,12 @@ class MGFCConfig(_Config):
         self._check_layers(self.layers)
         for name, stage_class in _stage_classes().items():
             stage = getattr(self, name)
-            expect(isinstance(stage, stage_class | None), f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
+            valid = stage is None or isinstance(stage, stage_class)
+            expect(valid, f"MGFCConfig.{name}", f"a {stage_class.__name__} or None", stage)
         self._check_size("num_classes", optional=True)
         if self.rank is None and "coarse" in self.loss_weights:
-            expect(False, "CoarseConfig.loss_weight", "0 without low-rank adapters", self.loss_weights["coarse"])
+            expected = "0 without low-rank adapters, which the loss reads and trains"
+            expect(False, "CoarseConfig.loss_weight", expected, self.loss_weights["coarse"])
         if self.loss_weights:
             expected = "the number of label categories, since a loss_weight is above 0"
             expect(self.num_classes is not None, "MGFCConfig.num_classes", expected, None)

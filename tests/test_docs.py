@@ -91,7 +91,7 @@ def test_results_appear_with_the_adapter(tmp_path: Path) -> None:
     assert "Not measured yet" in generate.results(tmp_path)
     for name, miou, size in (("bare_head", 41.005, 3), ("adapter", 47.5, 1234)):
         (tmp_path / name).mkdir()
-        save_file({"weight": torch.zeros(size), "coarse.source.value": torch.zeros(7)}, tmp_path / name / "model.safetensors")
+        save_file({"weight": torch.zeros(size), "coarse.source.total": torch.zeros(7)}, tmp_path / name / "model.safetensors")
         training = {
             "metrics": {"synth_town/val mIoU": 60.0, "camvid/day mIoU": miou},
             "recipe": "600 steps of 4 crops of 196 x 266, AdamW, learning rate 0.0003 (head 0.001), seed 0",

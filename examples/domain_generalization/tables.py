@@ -147,7 +147,7 @@ def ablation_table(runs: Runs) -> str:
     """A row a variant of ours: what evaluation decides, then what training does; each paired with the default."""
     base = runs.ours()
     forms = {name: runs.of(OURS, name) for name in WITHOUT}
-    forms |= {title: runs.of(OURS, AS_TRAINED, options) for title, options in ABLATIONS.items()}
+    forms |= {title: runs.of(OURS, OURS_VARIANT, options) for title, options in ABLATIONS.items()}
     rows = []
     for title, found in {"default": base, **forms}.items():
         if found:

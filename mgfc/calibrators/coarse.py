@@ -82,10 +82,13 @@ class CoarseCalib(SourceCalib):
         found = self.statistics(images) if statistics is None else statistics
         expected, variance = self.source.derive(_mean_and_variance)
         away = expected - found
-        shift, log_scale = (self.fraction(away, variance, (1, 2)) * away)[..., None, None].unbind(dim=1)
+        fraction = self.fraction(away, variance, (1, 2))
+        shift, log_scale = (fraction * away)[..., None, None].unbind(dim=1)
         mean, scale = found[:, 0, :, None, None], log_scale.exp()
         calibrated = torch.addcmul(mean + shift - scale * mean, images.to(found.dtype), scale)
-        return torch.where(_inside(images), calibrated.to(images.dtype), images)
+        # A pixel that is not finite spoils its image's statistics, but not the image.
+        moved = _inside(images) & (fraction > 0).unsqueeze(-1)
+        return torch.where(moved, calibrated.to(images.dtype), images)
 
 
 def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mgfc.adapter import Adapter
 from mgfc.backbones.description import describe
 from mgfc.backbones.detection import Tower
-from mgfc.distributed import gathered, process, whole
+from mgfc.distributed import gathered, process
 from mgfc.storage.card import is_edited_card, model_card
 from mgfc.storage.format import CARD, CONFIG, HEAD, WEIGHTS, check_notes, describe_adapter, encode_config
 from mgfc.storage.locking import locked
@@ -75,12 +75,10 @@ def save(
     notes: dict[str, Any] = {"head": described, "training": training, "license": license, "has_peft": with_peft}
     check_notes(training or {})
     with gathered(tower.root, head):
-        if adapter.num_batches == 0 and any(
-            whole(p).any() for n, p in adapter.named_parameters() if n.endswith(".low_rank.up")
-        ):
+        if adapter.num_batches == 0 and adapter.learnt:
             warnings.warn(
-                "The calibrators were trained, but their statistics have seen no batch: the backbone was in eval mode, and the "
-                "coarse and medium stages have no effect. Train with backbone.train(); frozen parameters stay frozen.",
+                "The calibrators were trained, but their statistics have seen no batch, so that coarse and medium calibration "
+                "have no effect. Gather them before you save: `with calibration.observing(): ...` over images of the source.",
                 stacklevel=3,
             )
         backbone = describe(tower) | ({} if base_model is None else {"base_model": base_model})
