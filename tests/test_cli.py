@@ -37,7 +37,7 @@ class TestInfo:
         assert main(["info", str(adapter)]) == 0
         printed = capsys.readouterr().out
         for text in (
-            f"mgfc adapter, format 1, written by mgfc {__version__}",
+            f"mgfc adapter, format 2, written by mgfc {__version__}",
             "VisionTransformer (timm)",
             "3 blocks of width 32, patches of 16 x 16, 1 prefix tokens",
             "mgfc: rank 8, layers all",
@@ -118,7 +118,7 @@ def test_convert_rein(tmp_path: Path, capsys: Capture) -> None:
     assert main(["convert-rein", str(tmp_path / "nothing.pth"), str(tmp_path / "out")]) == 1
     assert "AdapterNotFoundError" in capsys.readouterr().err
     status, found = as_json(capsys, "convert-rein", str(tmp_path / "rein.pth"), str(tmp_path / "rein.pth"))
-    assert (status, found["error"]) == (1, "FileExistsError")
+    assert (status, found["error"]) == (1, "AdapterNotFoundError")
 
 
 @pytest.mark.parametrize("arguments", [[], ["info"], ["snow"], ["check", "test_vit", "--size", "3"]])

@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgfc import wrap_backbone
-from mgfc.storage.format import read_tensors
+from mgfc.storage.tensors import read_tensors
 
 HEAVY = ("timm", "transformers", "peft", "huggingface_hub")
 
