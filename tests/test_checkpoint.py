@@ -894,7 +894,7 @@ def test_training_in_eval_mode_is_noticed(tmp_path: Path) -> None:
     for _ in range(2):
         vit.forward_features(IMAGES).square().mean().backward()
         optimizer.step()
-    with pytest.warns(UserWarning, match=r"statistics have seen no batch.*Train with backbone\.train\(\)"):
+    with pytest.warns(UserWarning, match=r"statistics have seen no batch.*Gather them before you save"):
         vit.calibration.save_pretrained(tmp_path / "eval")
     vit.train().forward_features(IMAGES)
     assert vit.calibration.num_batches == 1

@@ -79,10 +79,10 @@ def test_lora_adapts_every_linear_layer_of_the_blocks() -> None:
 
 
 def test_what_this_version_lacks_is_not_available(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mgfc import Calibration
+    from mgfc.attachment import Attachment
 
     for name in ("fuse", "fused"):
-        monkeypatch.delattr(Calibration, name, raising=False)
+        monkeypatch.delattr(Attachment, name)
     for _ in range(2):
         cost.main([*TINY, "--figures", "inference", "--contenders", "mgfc_fused", "--json", str(results)])
     assert [record["status"] for record in records(results)] == ["not available"]

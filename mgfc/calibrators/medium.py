@@ -102,7 +102,8 @@ class MediumCalib(SourceCalib):
         away = source.prototypes - _centroids(shares, sums)
         offset = self.fraction(away, source.variance, -1) * shares / (shares + self.CERTAIN_SHARE) * away
         with torch.autocast(tokens.device.type, enabled=False):
-            return torch.baddbmm(tokens.to(assignment.dtype), assignment, offset.to(assignment.dtype)).to(tokens.dtype)
+            # Not baddbmm, whose result would be contiguous where the block's tokens are the transpose of a map.
+            return (tokens + assignment @ offset.to(assignment.dtype)).to(tokens.dtype)
 
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
