@@ -148,7 +148,7 @@ def results(examples: Path = ROOT / "examples") -> str:
 
 def recipe(trained: Mapping[str, Mapping[str, Any]]) -> str:
     """How both were trained and scored, with the commands."""
-    recipes = {item["recipe"] for item in trained.values()}
+    recipes = {item["recipe"].partition(", then ")[0] for item in trained.values()}
     if len(recipes) > 1:
         raise ValueError(f"The adapter and the bare head were trained differently: {recipes}.")
     text = recipes.pop()
@@ -163,7 +163,8 @@ def recipe(trained: Mapping[str, Mapping[str, Any]]) -> str:
     places = "--test camvid:day camvid:dusk"
     command = f"python examples/train_minimal.py {options} \\\n  {places} --out"
     minutes = max(item["minutes"] for item in trained.values())
-    how = "".join(f"; {line}" for line in unique(item.get("evaluation", "") for item in trained.values()))
+    how = "".join(f"; {line}" for line in unique(item["recipe"].partition(", then ")[2] for item in trained.values()))
+    how += "".join(f"; {line}" for line in unique(item.get("evaluation", "") for item in trained.values()))
     machine = "two CPU cores (AMD EPYC, shared with other work)"
     return (
         f"mIoU in percent. Trained with {text}{how}. Each training took at most {minutes:.0f} minutes on {machine}.\n\n"

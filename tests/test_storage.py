@@ -49,7 +49,7 @@ from mgfc.storage.tensors import read_header, read_tensors
 
 forking = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 FILES = {"config.json", "model.safetensors", "README.md"}
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "adapter"
+EXAMPLE = Path(__file__).resolve().parent / "format_1"  # what version 0.1.0 saved
 
 
 def a_head(num_classes: int = 5) -> SegmentationHead:
