@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ class Adapter(nn.Module):
     @property
     def num_batches(self) -> int | None:
         """Batches in the running statistics; None if no stage has any."""
-        counts = [int(mean.count) for mean in self.statistics]
+        counts = [math.ceil(mean.count) for mean in self.statistics]  # of a merge with an empty one, a fraction
         return min(counts) if counts else None
 
     @property
@@ -151,12 +152,12 @@ class Adapter(nn.Module):
         weights = self.config.loss_weights
         if not weights or not self.training:
             return {}
-        if not self._records:
+        records = [record for record in self._records.values() if "batch" in record]  # of blocks that came to their end
+        if not records:
             raise CalibrationError(
                 "The losses expect a forward of the backbone in training mode, with gradients, before each call; found none "
                 "since the last call. Call the backbone, then .loss(labels) once."
             )
-        records = list(self._records.values())
         check_labels(labels, records[0]["batch"], self.num_classes, ignore_index)
         self._records.clear()
         functions = {"coarse": self._coarse_loss, "medium": self._medium_loss, "fine": self._fine_loss}
@@ -170,9 +171,10 @@ class Adapter(nn.Module):
 
     def _medium_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:
         assert self.category is not None
+        dtype = self.category.weight.dtype
         placed = [record for record in records if "similarity" in record and record["grid"] is not None]
         mixes = {grid: label_mix(labels, grid, self.num_classes, ignore_index) for grid in {r["grid"] for r in placed}}
-        terms = [medium_loss(self.category(r["similarity"].softmax(dim=-1)), mixes[r["grid"]]) for r in placed]
+        terms = [medium_loss(self.category(r["similarity"].softmax(dim=-1).to(dtype)), mixes[r["grid"]]) for r in placed]
         return torch.stack(terms).mean() if terms else self.category.weight.sum() * 0
 
     def _fine_loss(self, records: list[dict[str, Any]], labels: Tensor, ignore_index: int) -> Tensor:

@@ -74,6 +74,8 @@ class Adapters(nn.Module):
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
+        if not enabled:
+            self._require_unfused("disabling them")
         self.active.enabled = enabled
 
     def set_adapter(self, name: str) -> None:
@@ -114,6 +116,8 @@ class Adapters(nn.Module):
         Raises:
             ConfigError: if a name is unknown or the new one taken, the configurations differ, or the weights do not fit.
         """
+        if not names:
+            raise ConfigError("merge_adapters: expected names of adapters, found none.")
         for known in names:
             self._check_known(known)
         self._check_new(name)
@@ -132,14 +136,14 @@ class Adapters(nn.Module):
         try:
             yield
         finally:
-            self._activate(before)
+            if before in self.adapters:  # it may have been deleted meanwhile
+                self._activate(before)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within it, the backbone computes what it would without calibrators."""
-        self._require_unfused("disabling them")
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -151,7 +155,7 @@ class Adapters(nn.Module):
         like = next((p for p in reference.parameters() if p.is_floating_point()), None)
         if like is not None:
             place = like.device, torch.promote_types(like.dtype, torch.float32)
-            if any((p.device, p.dtype) != place for p in adapter.parameters()):
+            if any((p.device, p.dtype) != place for p in (*adapter.parameters(), *adapter.buffers())):
                 adapter.to(*place)
         adapter.train(self.training)
         self.add_module(_PREFIX + name, adapter)

@@ -62,6 +62,8 @@ class Attachment(Adapters):
         if id(state.get("_backbone")) not in memo:
             state.pop("_backbone", None)
             state |= {"_handles": [], "_frozen": None, "_fused": [], "blocks": []}
+            state["active"] = copy.copy(self.active)
+            state["active"].fused = False
         twin.__dict__.update(copy.deepcopy(state, memo))
         return twin
 
@@ -137,6 +139,10 @@ class Attachment(Adapters):
                 )
             self.peft_guard = peft.guard()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._require_unfused("a state dict is loaded")
+        super()._load_from_state_dict(*args, **kwargs)
 
     def fuse(self) -> None:
         """Puts the active adapter's low-rank adapters into the backbone's weights, for inference: they then cost nothing.

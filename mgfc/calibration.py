@@ -18,7 +18,7 @@ from mgfc.attachment import Attachment
 from mgfc.blocks import BlockReport
 from mgfc.config import AdapterConfig
 from mgfc.distributed import process
-from mgfc.errors import AdapterMismatchError
+from mgfc.errors import AdapterMismatchError, CalibrationError
 from mgfc.storage import hub
 from mgfc.storage.directory import save
 from mgfc.storage.loading import make_adapter
@@ -68,7 +68,7 @@ class Calibration(Attachment):
 
         It is the last step of a training, and the only one of `MGFCConfig(rank=None)`: call the model on images of the
         source, in random order and as evaluation gives them. The backbone is in eval mode meanwhile, without gradients;
-        put the rest of the model there yourself. What training gathered on the way is forgotten.
+        put the rest of the model there yourself. What training gathered on the way is forgotten, unless an exception ends it.
 
         Warns:
             UserWarning: if no image came.
@@ -80,17 +80,21 @@ class Calibration(Attachment):
         """
         modes = [(module, module.training) for module in self.backbone.modules()]
         self.backbone.eval()
-        for mean in self.adapter.statistics:
-            mean.start_observing()
+        adapter = self.adapter
+        before = [(mean, mean.start_observing()) for mean in adapter.statistics]
         try:
             with torch.no_grad():
                 yield
+        except BaseException:
+            for mean, state in before:
+                mean.give_up(state)
+            raise
         finally:
-            for mean in self.adapter.statistics:
-                mean.stop_observing()
             for module, mode in modes:
                 module.training = mode
-        if self.num_batches == 0:
+        for mean, _ in before:
+            mean.stop_observing()
+        if adapter.num_batches == 0:
             warnings.warn("observing: no image reached the backbone, so that the statistics are empty now.", stacklevel=3)
 
     @contextmanager
@@ -110,7 +114,7 @@ class Calibration(Attachment):
         """How far the images of this thread's last forward in evaluation lay from the source: (B,).
 
         It is z of the coarse stage, the mean squared distance of the channels' statistics in variances of the source:
-        about 1 for images like the source's, 5 and more in another light or weather.
+        about 1 for images like the source's, 5 and more in another light or weather. A compiled forward does not tell it.
 
         Raises:
             CalibrationError: if there was no such forward.
@@ -155,6 +159,8 @@ class Calibration(Attachment):
         Raises:
             CalibrationError: naming the blocks that the forward did not call.
         """
+        if not self.enabled:
+            raise CalibrationError("check: expected calibrators that are in use, found them disabled.")
         model = self.backbone if model is None else model
         return reports.check(self.blocks, self.images, self.adapter, model, args, kwargs)
 

@@ -96,6 +96,7 @@ class ImageHook:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the patch embedding."""
         coarse, images = self.coarse, first_tensor(args, kwargs)
+        self._forward.statistics = None
         if self.active.enabled and not torch.compiler.is_compiling():
             self._look_out(self.active.adapter)
         if coarse is None or images is None or images.ndim != 4:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -40,6 +41,11 @@ def _make_guard() -> nn.Module:
     return _guard_class()()
 
 
+def _guard_where_peft_is() -> nn.Module:
+    """As a file of a model needs it, which may be read where PEFT is not installed."""
+    return _make_guard() if importlib.util.find_spec("peft") else nn.Module()
+
+
 @functools.cache
 def _guard_class() -> type[nn.Module]:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -54,7 +60,7 @@ def _guard_class() -> type[nn.Module]:
             """Nothing to take back."""
 
         def __reduce__(self) -> tuple[Any, tuple[()]]:
-            return _make_guard, ()
+            return _guard_where_peft_is, ()
 
     return PeftGuard
 

@@ -11,7 +11,7 @@ import torch
 from helpers import randomise, same
 from torch import Tensor, nn
 
-from mgfc import AdapterNotFoundError, ConfigError, MGFCConfig, unwrap_backbone, wrap_backbone
+from mgfc import AdapterNotFoundError, CalibrationError, ConfigError, MGFCConfig, unwrap_backbone, wrap_backbone
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 
@@ -152,7 +152,7 @@ def test_switching_under_compile(backend: str, vit: nn.Module) -> None:
         (lambda c: c.merge_adapters(["default", "fog"], name="fog"), "expected a new one"),
         (lambda c: c.merge_adapters(["default", "fog"], [1.0]), "weights: expected 2 numbers"),
         (lambda c: c.merge_adapters(["default", "fog"], [0, 0]), "whose sum is above 0"),
-        (lambda c: c.merge_adapters([]), "weights: expected 0 numbers"),
+        (lambda c: c.merge_adapters([]), "expected names of adapters"),
         (
             lambda c: (c.add_adapter("small", MGFCConfig(rank=4)), c.merge_adapters(["default", "small"])),
             "Adapters of different configurations cannot be averaged",
@@ -183,3 +183,24 @@ def test_using_gives_back_the_flags_as_they_were() -> None:
         assert all(parameter.requires_grad for parameter in vit.calibration.adapter.parameters())
     assert {name: parameter.requires_grad for name, parameter in vit.named_parameters()} == before
     assert any(before.values())
+
+
+def test_the_outer_adapter_may_go_inside_using(vit: nn.Module) -> None:
+    with vit.calibration.using("fog"):
+        vit.calibration.delete_adapter("default")
+    assert vit.calibration.active_adapter == "fog" and list(vit.calibration.adapters) == ["fog"]
+
+
+def test_a_check_of_disabled_calibrators_says_so(vit: nn.Module) -> None:
+    with vit.calibration.disabled(), pytest.raises(CalibrationError, match="found them disabled"):
+        vit.calibration.check(IMAGES)
+
+
+def test_a_merge_with_empty_statistics_has_some(vit: nn.Module) -> None:
+    for mean in vit.calibration.adapters["fog"].statistics:
+        mean.set(mean.value, count=1)
+    for mean in vit.calibration.adapters["default"].statistics:
+        for buffer in mean.buffers():
+            buffer.zero_()
+    vit.calibration.merge_adapters(["default", "fog"], name="both")
+    assert vit.calibration.adapters["both"].num_batches == 1

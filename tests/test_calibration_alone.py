@@ -206,3 +206,8 @@ def test_a_transformers_model() -> None:
         calibrated = model(3 * images).last_hidden_state
         with model.calibration.disabled():
             assert not torch.allclose(model(3 * images).last_hidden_state, calibrated, atol=1e-3)
+
+
+def test_its_statistics_follow_the_backbone() -> None:
+    vit = wrap_backbone(tiny_vit().to("meta"), MGFCConfig(rank=None))
+    assert {buffer.device.type for buffer in vit.calibration.buffers()} == {"meta"}

@@ -306,3 +306,17 @@ def test_unwrapping_unfuses() -> None:
     model.calibration.fuse()
     assert same(weights(unwrap_backbone(model)), tiny_vit().state_dict())
     assert same(model(IMAGES), tiny_vit()(IMAGES))
+
+
+def test_what_would_be_wrong_while_fused_is_refused() -> None:
+    vit = wrap_backbone(tiny_vit(), CONFIG)
+    randomise(vit.calibration)
+    state = vit.state_dict()
+    vit.calibration.fuse()
+    with pytest.raises(CalibrationError, match=r"Call unfuse\(\) before disabling"):
+        vit.calibration.enabled = False
+    with pytest.raises(CalibrationError, match=r"Call unfuse\(\) before a state dict is loaded"):
+        vit.load_state_dict(state)
+    alone = copy.deepcopy(vit.calibration)
+    alone.add_module("adapter_other", copy.deepcopy(alone.adapter))
+    alone.set_adapter("other")

@@ -332,3 +332,13 @@ def test_the_stage_is_in_state_dicts_and_copies(vit: nn.Module) -> None:
     assert "calibration.adapter_default.coarse.source.total" in vit.state_dict()
     with torch.no_grad():
         assert same(twin(SCENE), vit(SCENE)) and same(copy.deepcopy(vit)(SCENE), vit(SCENE))
+
+
+def test_training_and_disabled_forwards_leave_no_distance(vit: nn.Module) -> None:
+    images = torch.randn(2, 3, 64, 64)
+    vit(images)
+    assert vit.calibration.distance().shape == (2,)
+    with vit.calibration.disabled():
+        vit(images)
+    with pytest.raises(CalibrationError, match="expected a forward in evaluation"):
+        vit.calibration.distance()

@@ -140,17 +140,30 @@ def test_steps_do_not_depend_on_the_batches_of_the_pass() -> None:
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
-def test_modes_and_statistics_after_an_exception() -> None:
+def test_an_exception_gives_modes_and_statistics_back() -> None:
     vit = trained().train()
     vit.blocks[1].eval()
+    before = [buffer.clone() for buffer in vit.calibration.buffers()]
     handle = vit.blocks[2].register_forward_pre_hook(lambda module, args: 1 / 0)
     with only_statistics_change(vit), pytest.raises(ZeroDivisionError), vit.calibration.observing():
         vit(SOURCE[:8])
     handle.remove()
-    value = statistics(vit.calibration.adapter)
-    assert vit.calibration.adapter.coarse.source.ready and not vit.calibration.layers["2"].medium.source.ready
+    assert all(torch.equal(a, b) for a, b in zip(before, vit.calibration.buffers(), strict=True))
     vit.eval()(OTHER)
-    assert all(torch.equal(a, b) for a, b in zip(value, statistics(vit.calibration.adapter), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, vit.calibration.buffers(), strict=True)), "it observes no longer"
+
+
+def test_switching_adapters_meanwhile_leaves_the_other_one_alone() -> None:
+    vit = trained()
+    vit.calibration.add_adapter("other", MGFCConfig(rank=8, fine=FineConfig()))
+    with vit.calibration.observing():
+        vit(SOURCE[:8])
+        vit.calibration.set_adapter("other")
+    adapters = vit.calibration.adapters
+    assert adapters["default"].is_observed and not adapters["other"].is_observed
+    vit.calibration.set_adapter("default")
+    vit(OTHER)
+    assert adapters["default"].num_batches == 1
 
 
 def test_a_pass_without_images_is_noticed() -> None:

@@ -344,3 +344,15 @@ def test_lightnings_average(tmp_path: Path) -> None:
             expected = 0.5 * expected + 0.5 * value
         torch.testing.assert_close(mean.value, expected, rtol=1e-4, atol=1e-5)
         assert mean.ready and not torch.allclose(mean.value, values[-1], atol=1e-4)
+
+
+def test_what_inference_mode_derived_serves_training_too() -> None:
+    vit = wrap_backbone(tiny_vit(), MGFCConfig(rank=4))
+    with vit.calibration.observing():
+        vit(torch.randn(4, 3, 64, 64))
+    images = 3 * torch.randn(2, 3, 64, 64) + 2
+    with torch.inference_mode():
+        expected = vit(images)
+    found = vit(images)
+    found.sum().backward()
+    torch.testing.assert_close(found, expected.clone())

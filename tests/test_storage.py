@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
+from helpers import randomise, same
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from tiny import calibrated, tiny_dinov2, tiny_vit, untouched
@@ -928,3 +928,21 @@ def test_mixed_precisions_compute_together(saved: Path) -> None:
 def test_values_that_are_not_finite_are_not_loaded(saved: Path) -> None:
     change_tensors(saved / "model.safetensors", lambda key, value: value / 0 if key.endswith("medium.source.total") else value)
     refused(saved, "medium.source.total: expected finite numbers")
+
+
+def test_a_checkpoint_of_a_class_whose_layers_transformers_renames(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    def vit() -> ViTModel:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        return ViTModel(ViTConfig(**sizes, image_size=32)).eval()
+
+    saved = vit()
+    calibrated(saved)
+    saved.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = wrap_backbone(vit(), tmp_path)
+    images = torch.randn(1, 3, 32, 32)
+    assert same(again(images).last_hidden_state, saved(images).last_hidden_state)

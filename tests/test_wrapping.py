@@ -15,7 +15,7 @@ import torch
 from helpers import SIZES, assert_unchanged, forget, only_layer, randomise, same, snapshot, tensors
 from test_zoo import flat, grid_starts, in_raster_order
 from torch import Tensor, nn
-from zoo import Case, cases
+from zoo import CASES, Case, cases
 
 from mgfc import (
     Calibration,
@@ -521,3 +521,12 @@ def test_half_precision_backbone(dtype: torch.dtype) -> None:
     assert model(images).dtype == dtype
     model.to(dtype)
     assert model(images).dtype == dtype
+
+
+def test_batch_norms_that_the_user_froze_stay_so() -> None:
+    case = next(case for case in CASES if case.name == "timm-LevitDistilled" or case.family == "LeViT")
+    model = case.build().train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)]
+    norms[0].eval()
+    unwrap_backbone(wrap_backbone(model))
+    assert [norm.training for norm in norms] == [False] + [True] * (len(norms) - 1)

@@ -22,16 +22,17 @@ class Frozen:
         for parameter in frozen.values():
             parameter.requires_grad_(False)
         self.norms = [module for module in root.modules() if isinstance(module, _BatchNorm)]
+        self.in_training = [norm for norm in self.norms if norm.training or not root.training]
         self.hold()
 
     def hold(self) -> None:
-        """Keeps BatchNorm layers in eval mode, whoever set the mode of the model."""
+        """Puts BatchNorm layers into eval mode, after the mode of the model was set."""
         for norm in self.norms:
             norm.eval()
 
     def release(self, root: nn.Module, *, parameters: bool) -> None:
         """Gives BatchNorm layers the backbone's mode and, if asked to, the parameters their `requires_grad` flags back."""
-        for norm in self.norms:
+        for norm in self.in_training:
             norm.train(root.training)
         for name, parameter in root.named_parameters():
             if parameters and name in self.names:

@@ -101,9 +101,10 @@ class RunningMean(nn.Module):
             return function(self.value)
         known = self._derived
         if known.get("of") is not total or known["version"] != total._version:
-            found = {"of": total, "version": total._version, "result": function(self.value)}
-            known.update(found)
-            return found["result"]  # type: ignore[return-value]
+            with torch.inference_mode(False), torch.no_grad():  # a later forward may want gradients
+                result = function(self.value)
+            known.update({"of": total, "version": total._version, "result": result})
+            return result
         return known["result"]  # type: ignore[no-any-return]
 
     @property
@@ -111,11 +112,19 @@ class RunningMean(nn.Module):
         """1 if there is a mean, else 0."""
         return (self.weight > 0).to(self.weight.dtype)
 
-    def start_observing(self) -> None:
-        """Forgets all values; from now on they are added in eval mode, too."""
+    def start_observing(self) -> list[Tensor]:
+        """Forgets all values; from now on they are added in eval mode, too. Returns the state of before."""
+        before = [buffer.clone() for buffer in self.buffers()]
         for buffer in self.buffers():
             buffer.zero_()
         self.observing = True
+        return before
+
+    def give_up(self, before: list[Tensor]) -> None:
+        """Takes the state of before `start_observing` back."""
+        self.observing = False
+        for buffer, value in zip(self.buffers(), before, strict=True):
+            buffer.copy_(value)
 
     def stop_observing(self) -> None:
         """Keeps the mean of what was added since `start_observing`."""

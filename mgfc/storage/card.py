@@ -99,7 +99,7 @@ def _text(content: Mapping[str, Any], num_parameters: int) -> str:
         lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in training["metrics"].items()] + [""]
     notes = {key: value for key, value in training.items() if key not in ("metrics", "datasets")}
     if notes:
-        lines += ["## Training", "", *(f"- {key}: {value}" for key, value in notes.items()), ""]
+        lines += ["## Training", "", *(f"- {_cell(key)}: {_cell(value)}" for key, value in notes.items()), ""]
     return "\n".join(lines)
 
 

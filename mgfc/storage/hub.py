@@ -9,6 +9,7 @@ from mgfc.errors import AdapterFileError, AdapterNotFoundError, MGFCError
 from mgfc.storage.card import is_edited_card
 from mgfc.storage.format import CARD, CONFIG, HEAD
 from mgfc.storage.ownership import refuse_foreign
+from mgfc.storage.tuner import NO_FILES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -155,7 +156,7 @@ def upload(
             repo_id=repo_id,
             folder_path=directory,
             ignore_patterns=[CARD] if _has_edited_card(api, repo_id, revision) else None,
-            delete_patterns=None if (directory / HEAD).exists() else [HEAD],
+            delete_patterns=[name for name in (HEAD, *NO_FILES) if not (directory / name).exists()] or None,
             revision=revision,
             commit_message=commit_message,
             create_pr=create_pr,

@@ -27,6 +27,7 @@ from mgfc.storage.tensors import Entry, read_header, read_tensors
 _INDEX = "model.safetensors.index.json"
 _STATES = (_INDEX, "model.safetensors", "pytorch_model.bin")  # as Transformers and its Trainer name them
 _ENTRY = re.compile(r"(?P<adapter>(?:.*\.)?calibration\.adapter_(?P<name>[^.]+))\.(?P<key>.+)")
+_LAYER = re.compile(r"(?:encoder\.)?layers?\.(\d+)\.")  # Transformers renames the layers of some classes, ours with them
 _MAX_INDEX_BYTES = 16 << 20
 
 
@@ -118,7 +119,8 @@ def _read_entries(path: Path) -> dict[str, Tensor]:
                 "save_pretrained, or a state dict of it alone."
             )
         adapters = default
-    return {match["key"]: tensors[match[0]] for match in matches if match["adapter"] == adapters[0]}
+    chosen = [match for match in matches if match["adapter"] == adapters[0]]
+    return {_LAYER.sub(r"layers.\1.", match["key"], count=1): tensors[match[0]] for match in chosen}
 
 
 def _is_entry(name: str) -> bool:
