@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mgfc.adapter import Adapter
-from mgfc.backbones.description import first_linears, linear_size
+from mgfc.backbones.description import first_outputs
 from mgfc.backbones.grid import Grid, GridTracker, first_tensor, tag
 from mgfc.backbones.layout import (
     Order,
@@ -117,12 +117,9 @@ class BlockHooks:
             # Transformers captures feature maps by hooks of its own: ours has to run before them.
             block.register_forward_hook(self._leave, prepend=True, with_kwargs=True),
         ]
-        start = 0
-        for module in first_linears(block):
-            stop = start + linear_size(module)[1]
-            adapt = functools.partial(self._adapt, slice(start, stop))
+        for module, channels in first_outputs(block):
+            adapt = functools.partial(self._adapt, channels)
             handles.append(module.register_forward_hook(adapt, prepend=True, with_kwargs=True))
-            start = stop
         path = self.name.split(".")
         for end in range(len(path) + 1):  # Transformers checkpoints a block, or a stage of them
             module = root.get_submodule(".".join(path[:end]))

@@ -1,4 +1,4 @@
-"""What a calibration consists of: four frozen dataclasses, strict in both directions of their dict form."""
+"""What a calibration consists of: frozen dataclasses, strict in both directions of their dict form."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _is_number(value: object) -> bool:
 
 
 class _Config:
-    """Validation and the dict form that all four share."""
+    """Validation and the dict form that all share."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict: nested configurations as dicts, tuples as lists."""

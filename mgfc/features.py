@@ -109,7 +109,7 @@ class FeatureMaps(nn.Module):
         """Runs the backbone.
 
         Args:
-            images: (B, 3, H, W).
+            images: (B, C, H, W).
             **kwargs: passed on to the backbone.
 
         Returns:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mgfc.adapter import Adapter
-from mgfc.backbones.description import first_linears, linear_size
+from mgfc.backbones.description import first_outputs, linear_size
 from mgfc.backbones.tuners import tuner_layers
 from mgfc.blocks import BlockHooks
 from mgfc.calibrators import CalibLayer, LowRank
@@ -54,11 +54,8 @@ def _places(root: nn.Module, blocks: Sequence[BlockHooks], adapter: Adapter) -> 
         layer = layers.get(str(hooks.index))
         if not isinstance(layer, CalibLayer) or layer.low_rank is None:
             continue
-        start = 0
-        for linear in first_linears(root.get_submodule(hooks.name)):
-            stop = start + linear_size(linear)[1]
-            yield hooks.name, linear, layer.low_rank, slice(start, stop)
-            start = stop
+        for linear, channels in first_outputs(root.get_submodule(hooks.name)):
+            yield hooks.name, linear, layer.low_rank, channels
 
 
 def _require_plain(root: nn.Module, name: str, linear: Any) -> None:

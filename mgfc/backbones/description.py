@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -52,6 +53,15 @@ def output_linear(block: nn.Module) -> nn.Module:
 def first_linears(block: nn.Module) -> list[nn.Module]:
     """The linear layers that read the input of a block's feed-forward network: one, or a gate's and a value's."""
     return _first([module for _, module in _feed_forward_linears(block)])
+
+
+def first_outputs(block: nn.Module) -> Iterator[tuple[nn.Module, slice]]:
+    """The same layers, each with its place among the channels that they write together."""
+    start = 0
+    for module in first_linears(block):
+        stop = start + linear_size(module)[1]
+        yield module, slice(start, stop)
+        start = stop
 
 
 def _first(linears: list[nn.Module]) -> list[nn.Module]:
