@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mgfc import reports
 from mgfc.attachment import Attachment
+from mgfc.backbones.modes import evaluating
 from mgfc.blocks import BlockReport
 from mgfc.config import AdapterConfig
 from mgfc.distributed import process
@@ -78,20 +79,15 @@ class Calibration(Attachment):
             ...     for images in source:
             ...         model(images)
         """
-        modes = [(module, module.training) for module in self.backbone.modules()]
-        self.backbone.eval()
         adapter = self.adapter
         before = [(mean, mean.start_observing()) for mean in adapter.statistics]
         try:
-            with torch.no_grad():
+            with evaluating(self.backbone), torch.no_grad():
                 yield
         except BaseException:
             for mean, state in before:
                 mean.give_up(state)
             raise
-        finally:
-            for module, mode in modes:
-                module.training = mode
         for mean, _ in before:
             mean.stop_observing()
         if adapter.num_batches == 0:

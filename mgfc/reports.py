@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mgfc.adapter import STAGES, Adapter
+from mgfc.backbones.modes import evaluating
 from mgfc.blocks import BlockHooks, BlockReport
 from mgfc.calibrators import CalibLayer
 from mgfc.errors import CalibrationError
@@ -41,20 +42,17 @@ def check(
     Warns:
         UserWarning: if no images reached the coarse stage.
     """
-    modes = {module: module.training for module in model.modules()}
     images.called = False
     for hooks in blocks:
         hooks.watch(True)
     try:
-        model.eval()
-        model(*args, **kwargs)
+        with evaluating(model):
+            model(*args, **kwargs)
         reports = {hooks.index: hooks.report for hooks in blocks if hooks.report is not None}
         adapted = {hooks.index for hooks in blocks if hooks.adapted is not None}
     finally:
         for hooks in blocks:
             hooks.watch(False)
-        for module, mode in modes.items():
-            module.training = mode
     calibrated = {int(key): layer for key, layer in adapter.layers.items()}
     _require_none(
         model,

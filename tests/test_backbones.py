@@ -29,6 +29,7 @@ from mgfc.backbones.layout import (
     put_tensor,
     view_patches,
 )
+from mgfc.backbones.modes import evaluating
 
 
 def build(name: str) -> nn.Module:
@@ -273,3 +274,16 @@ def test_channels_last(shape: tuple[int, ...], moved: bool) -> None:
 def test_block_without_linear_maps() -> None:
     with pytest.raises(UnsupportedBackboneError, match="expected a block with linear layers"):
         block_widths(nn.ReLU())
+
+
+def test_evaluating_gives_every_module_its_own_mode_back_also_after_an_error() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout())).train()
+    model[1].eval()
+
+    def fail() -> None:
+        assert not any(module.training for module in model.modules())
+        raise KeyError
+
+    with pytest.raises(KeyError), evaluating(model):
+        fail()
+    assert [module.training for module in model.modules()] == [True, True, False, False]

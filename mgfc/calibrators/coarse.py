@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mgfc.calibrators.randomise import randomise_scenes
 from mgfc.calibrators.running import RunningMean
-from mgfc.calibrators.statistics import EPS, SourceCalib
+from mgfc.calibrators.statistics import EPS, SourceCalib, squared_distance
 
 
 class CoarseCalib(SourceCalib):
@@ -61,7 +61,7 @@ class CoarseCalib(SourceCalib):
     def distance(self, statistics: Tensor) -> Tensor:
         """The z of each image, from its statistics: (B, 2, C) -> (B,); 0 without statistics of the source."""
         expected, variance = self.source.derive(_mean_and_variance)
-        z: Tensor = self.source.ready * ((expected - statistics).square() / variance).mean(dim=(1, 2))
+        z: Tensor = self.source.ready * squared_distance(expected - statistics, variance, (1, 2)).flatten()
         return z
 
     def forward(self, images: Tensor, statistics: Tensor | None = None) -> Tensor:

@@ -40,5 +40,10 @@ class SourceCalib(nn.Module):
 
     def fraction(self, away: Tensor, variance: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """The factor a, from t' - t and v'; z is a mean over `dim`, which stays with size 1."""
-        distance = (away.square() / variance).mean(dim=dim, keepdim=True)
+        distance = squared_distance(away, variance, dim)
         return self.source.ready * self.strength * (1 - self.USUAL / distance.clamp_min(self.USUAL))
+
+
+def squared_distance(away: Tensor, variance: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The z of t' - t and v', a mean over `dim`, which stays with size 1."""
+    return (away.square() / variance).mean(dim=dim, keepdim=True)

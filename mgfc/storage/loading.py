@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +12,15 @@ from torch import nn
 
 from mgfc import peft
 from mgfc.adapter import Adapter
-from mgfc.backbones.description import block_widths, describe
+from mgfc.backbones.description import describe
 from mgfc.backbones.detection import Tower
-from mgfc.backbones.stem import in_channels
 from mgfc.config import AdapterConfig, MGFCConfig
 from mgfc.errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, ConfigError
 from mgfc.heads import SegmentationHead
 from mgfc.storage.format import CONFIG, HEAD, MUST_MATCH, WEIGHTS, calibration_of, read_config
 from mgfc.storage.legacy import is_new_since, upgrade_names, upgrade_tensors, warn_of_format
-from mgfc.storage.matching import compare_head, compare_sizes, compare_state, fill, require_finite
-from mgfc.storage.parsing import named_in_our_words, read_json, shorten
+from mgfc.storage.matching import adapter_for, compare_head, compare_sizes, compare_state, fill, require_finite
+from mgfc.storage.parsing import local_path, named_in_our_words, read_json, shorten
 from mgfc.storage.snapshot import DirectoryFiles, Files, consistently
 from mgfc.storage.tensors import read_header, read_tensors
 from mgfc.storage.trainer import find_checkpoint, read_calibrators
@@ -44,7 +42,7 @@ def locate(source: Source, **hub_options: Any) -> Files:
         AdapterNotFoundError: if the source is neither, or the repository cannot be reached.
     """
     text = os.fspath(source)
-    path = Path(os.path.expanduser(text.removeprefix("local-dir:")))
+    path = local_path(source)
     with named_in_our_words(path):
         if os.path.isdir(path):
             return DirectoryFiles(path)
@@ -69,7 +67,7 @@ def make_adapter(tower: Tower, source: AdapterConfig | Source | None, **hub_opti
         AdapterNotFoundError, AdapterFileError, AdapterMismatchError: as in `read` and `build`.
     """
     if source is None or isinstance(source, AdapterConfig):
-        return _adapter(source or MGFCConfig(), tower), None
+        return adapter_for(tower, source or MGFCConfig()), None
     if isinstance(source, (str, os.PathLike)):
         checkpoint = find_checkpoint(source)
         if checkpoint is not None:
@@ -102,7 +100,7 @@ def read(source: str, files: Files, tower: Tower) -> tuple[Adapter, peft.Tuner |
     compare_sizes(config, header, source)
     try:
         with torch.device("meta"):
-            adapter = _adapter(config, tower)
+            adapter = adapter_for(tower, config)
     except ConfigError as error:
         raise AdapterMismatchError(f"{source} does not fit this {found['architecture']}. {error}") from None
     optional = {name for name in adapter.state_dict() if is_old and is_new_since(name)}
@@ -124,10 +122,6 @@ def _read_tuner(files: Files, sums: Mapping[str, str]) -> peft.Tuner:
     tensors = read_tensors(weights, sums.get(peft.WEIGHTS))
     require_finite(tensors, str(weights))
     return make_config(values, path), tensors
-
-
-def _adapter(config: AdapterConfig, tower: Tower) -> Adapter:
-    return Adapter(config, [block_widths(block) for block in tower.modules()], in_channels(tower))
 
 
 def load_head(source: str | os.PathLike[str], head: nn.Module | None = None, **hub_options: Any) -> nn.Module:

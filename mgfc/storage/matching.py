@@ -1,4 +1,4 @@
-"""Holding what a configuration asks for against what a file has, and filling a module with it."""
+"""A backbone's adapter of a configuration, held against what a file has and filled with it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mgfc.adapter import Adapter
+from mgfc.backbones.description import block_widths
+from mgfc.backbones.detection import Tower
+from mgfc.backbones.stem import in_channels
 from mgfc.config import AdapterConfig, MGFCConfig
 from mgfc.errors import AdapterFileError, AdapterMismatchError
 from mgfc.storage.parsing import shorten
 from mgfc.storage.tensors import Entry, find_non_finite
 
 _MAX_MAPS, _MAX_CHANNELS = 256, 1 << 16
+
+
+def adapter_for(tower: Tower, config: AdapterConfig) -> Adapter:
+    """A fresh adapter for a backbone, which stays untouched.
+
+    Raises:
+        ConfigError: if the configuration does not fit the backbone.
+    """
+    return Adapter(config, [block_widths(block) for block in tower.modules()], in_channels(tower))
 
 
 def compare_sizes(config: AdapterConfig, header: Mapping[str, Entry], source: str) -> None:

@@ -34,6 +34,11 @@ def named_in_our_words(path: Path, what: str = "read") -> Iterator[None]:
         ) from error
 
 
+def local_path(source: str | os.PathLike[str]) -> Path:
+    """The path that a user's text means if it means one: `~` is the home, and timm's `local-dir:` may stand before it."""
+    return Path(os.path.expanduser(os.fspath(source).removeprefix("local-dir:")))
+
+
 def shorten(text: str, limit: int = 300) -> str:
     """A text that fits into a message, and into any terminal."""
     text = text.encode("utf-8", "backslashreplace").decode()

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from mgfc import peft
 from mgfc.errors import AdapterNotFoundError, MGFCError
 from mgfc.storage.format import CONFIG, HEAD, WEIGHTS
 from mgfc.storage.parsing import named_in_our_words
@@ -135,7 +136,7 @@ def one_save(directory: Path) -> Iterator[Path]:
         ...     wrap_backbone(vit, fixed)
         ...     head = load_head(fixed)
     """
-    optional = (HEAD, "adapter_config.json", "adapter_model.safetensors")
+    optional = (HEAD, peft.CONFIG, peft.WEIGHTS)
 
     def copy(files: Files) -> tempfile.TemporaryDirectory[str]:
         target = tempfile.TemporaryDirectory()

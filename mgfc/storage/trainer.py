@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from mgfc.adapter import Adapter
-from mgfc.backbones.description import block_widths
 from mgfc.backbones.detection import Tower
-from mgfc.backbones.stem import in_channels
 from mgfc.config import AdapterConfig, CoarseConfig, FineConfig, MediumConfig, MGFCConfig, ReinConfig
 from mgfc.errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, ConfigError
 from mgfc.storage.checkpoint import read_checkpoint
 from mgfc.storage.format import CONFIG, is_adapter
-from mgfc.storage.matching import compare_state, fill
-from mgfc.storage.parsing import named_in_our_words, read_json, shorten
+from mgfc.storage.matching import adapter_for, compare_state, fill
+from mgfc.storage.parsing import local_path, named_in_our_words, read_json, shorten
 from mgfc.storage.snapshot import INCOMING
 from mgfc.storage.tensors import Entry, read_header, read_tensors
 
@@ -33,7 +31,7 @@ _MAX_INDEX_BYTES = 16 << 20
 
 def find_checkpoint(source: str | os.PathLike[str]) -> Path | None:
     """The file of a whole model's state that a path means; None for an adapter's directory, and for a Hub repository."""
-    path = Path(os.path.expanduser(os.fspath(source).removeprefix("local-dir:")))
+    path = local_path(source)
     with named_in_our_words(path):
         if path.is_file():
             return path
@@ -82,7 +80,7 @@ def read_calibrators(path: Path, tower: Tower, config: AdapterConfig | None = No
     told = config or _tell_config(header, path)
     try:
         with torch.device("meta"):
-            adapter = Adapter(told, [block_widths(block) for block in tower.modules()], in_channels(tower))
+            adapter = adapter_for(tower, told)
     except ConfigError as error:
         raise AdapterMismatchError(f"{path} does not fit this {type(tower.root).__name__}. {error}") from None
     compare_state(adapter, header, str(path))
