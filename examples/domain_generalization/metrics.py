@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from streets import CLASSES, IGNORE
 from torch import Tensor
@@ -12,20 +14,31 @@ TOLERANCE = 3  # pixels
 
 
 class Confusion:
-    """Intersection over union of each class that the labels hold, in percent."""
+    """Intersection over union of classes, in percent.
 
-    def __init__(self, device: torch.device) -> None:
-        self.counts = torch.zeros((K + 1) * K, dtype=torch.long, device=device)
+    Args:
+        device: where it is summed up.
+        classes: their names.
+    """
+
+    def __init__(self, device: torch.device, classes: Sequence[str] = CLASSES) -> None:
+        self.classes = classes
+        number = len(classes)
+        self.counts = torch.zeros((number + 1) * number, dtype=torch.long, device=device)
 
     def add(self, found: Tensor, labels: Tensor) -> None:
         """Class ids, both (B, H, W); pixels to ignore go to a row of their own, so that nothing waits for their number."""
-        rows = labels.long().clamp_max(K)
-        self.counts += torch.bincount((rows * K + found).flatten(), minlength=(K + 1) * K)
+        number = len(self.classes)
+        rows = labels.long().clamp_max(number)
+        self.counts += torch.bincount((rows * number + found).flatten(), minlength=(number + 1) * number)
 
-    def iou(self) -> dict[str, float]:
-        table = self.counts.view(K + 1, K)[:K].double().cpu()
-        held, ious = table.sum(1), 100 * table.diag() / (table.sum(0) + table.sum(1) - table.diag()).clamp_min(1)
-        return {name: ious[k].item() for k, name in enumerate(CLASSES) if held[k] > 0}
+    def iou(self, *, found: bool = False) -> dict[str, float]:
+        """Of each class that the labels hold; with `found`, also 0 for one that was found and that they do not hold."""
+        number = len(self.classes)
+        table = self.counts.view(number + 1, number)[:number].double().cpu()
+        union = table.sum(0) + table.sum(1) - table.diag()
+        counted, ious = (union if found else table.sum(1)) > 0, 100 * table.diag() / union.clamp_min(1)
+        return {name: ious[k].item() for k, name in enumerate(self.classes) if counted[k]}
 
 
 class Boundaries:

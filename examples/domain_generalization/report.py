@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,14 @@ T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def read(path: Path) -> list[Record]:
     """The records of a JSON-lines file, none if there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append(file: Path, record: Record) -> None:
+    """Adds a line; processes that write at once wait for each other."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
+        fcntl.flock(lines, fcntl.LOCK_EX)
+        lines.write(json.dumps(record) + "\n")
 
 
 def by_target(record: Record, figure: str) -> dict[str, float]:

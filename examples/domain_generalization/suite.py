@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -10,13 +9,12 @@ from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import cv2
 import torch
 
 from domain_generalization.crops import Stream, prepare
-from domain_generalization.report import read
+from domain_generalization.report import append, read
 from domain_generalization.training import Places, Settings, trained_or_train
 from domain_generalization.variants import plain_model, score_variant
 
@@ -31,14 +29,6 @@ def as_json(settings: Settings) -> str:
 def done(file: Path) -> Done:
     """The settings and variants of the records in a file."""
     return {(json.dumps(record["settings"], sort_keys=True), record["variant"]) for record in read(file)}
-
-
-def append(file: Path, record: dict[str, Any]) -> None:
-    """Adds a line; processes that write at once wait for each other."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lines:
-        fcntl.flock(lines, fcntl.LOCK_EX)
-        lines.write(json.dumps(record) + "\n")
 
 
 def run(settings: Settings, variants: Iterable[str], places: Places, file: Path) -> None:

@@ -1,0 +1,59 @@
+"""The tables: published figures with their sources, and ours beside them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from statistics import mean
+
+from domain_generalization.report import Record, markdown
+
+from street_benchmark.experiments import EXPERIMENTS
+from street_benchmark.published import PUBLISHED, Published
+from street_benchmark.settings import LR, published
+
+HERE, NOT_RUN = "**here**", "not run"
+
+
+def tables(records: list[Record]) -> str:
+    """One for each experiment, in Markdown."""
+    return "\n\n".join(f"{EXPERIMENTS[name].title}:\n\n{table(name, records)}" for name in EXPERIMENTS)
+
+
+def table(experiment: str, records: list[Record]) -> str:
+    """A method's published figures, then what was run here."""
+    targets = list(EXPERIMENTS[experiment].targets)
+    here = runs(experiment, records)
+    others = [row for row in PUBLISHED if row.experiment == experiment]
+    methods = dict.fromkeys([*LR, *(row.method for row in others)])
+    rows = []
+    for method in methods:
+        rows += [_published(row, targets) for row in others if row.method == method]
+        rows += [_ours(method, how, found, targets) for (name, how), found in sorted(here.items()) if name == method]
+    return markdown(["method", *targets, "mean", "from", "unlike the protocol"], rows)
+
+
+def runs(experiment: str, records: list[Record]) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """The mIoU of each seed by target, by method and by what a run does that the protocol does not."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {(method, ""): {} for method in LR}
+    for record in records:
+        settings = record["settings"]
+        if settings["experiment"] == experiment:
+            usual = asdict(published(experiment, settings["method"])) | {"seed": settings["seed"]}
+            told = [f"{name} {value}" for name, value in settings.items() if usual[name] != value]
+            told += [] if record["sizes"] == "full" else [f"images of {record['sizes']} size"]
+            run = found.setdefault((settings["method"], ", ".join(told)), {})
+            run.setdefault(record["target"], []).append(record["miou"])
+    return found
+
+
+def _published(row: Published, targets: list[str]) -> list[str]:
+    figures = [*(row.miou.get(name) for name in targets), row.mean]
+    return [row.method, *("" if value is None else f"{value:.2f}" for value in figures), row.source, row.note]
+
+
+def _ours(method: str, how: str, found: dict[str, list[float]], targets: list[str]) -> list[str]:
+    figures = [mean(found[name]) if name in found else None for name in targets]
+    average = None if None in figures else mean(figures)
+    seeds = max(map(len, found.values()), default=0)
+    shown = [NOT_RUN if value is None else f"{value:.2f}" for value in (*figures, average)]
+    return [method, *shown, HERE + (f", {seeds} seeds" if seeds > 1 else ""), how]
