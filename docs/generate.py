@@ -18,9 +18,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
-from domain_generalization import plan, tables  # noqa: E402
+from domain_generalization import plan, report, tables  # noqa: E402
 from domain_generalization.report import markdown as table  # noqa: E402
 from safetensors import safe_open  # noqa: E402
+from street_benchmark import cost  # noqa: E402
+from street_benchmark import table as street_table  # noqa: E402
+from street_benchmark.__main__ import RESULTS  # noqa: E402
 from zoo import Case, cases  # noqa: E402
 
 from mgfc.backbones.detection import find_tower  # noqa: E402
@@ -207,6 +210,7 @@ def pages() -> dict[Path, str]:
             "refused": refused(),
         },
         docs / "benchmark.md": measured,
+        docs / "field-benchmark.md": {"expected": cost.table(), "field": street_table.tables(report.read(RESULTS))},
         docs / "method.md": ablations,
         docs / "robust.md": gains,
     }

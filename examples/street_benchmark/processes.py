@@ -26,18 +26,19 @@ def world() -> int:
 
 @contextmanager
 def processes() -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it did. Gives the device of this one."""
+    """Joins the processes that torchrun started, if it did and nobody has yet. Gives the device of this one."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if "RANK" in os.environ:
+    joins = "RANK" in os.environ and not dist.is_initialized()
+    if joins:
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield device
     finally:
-        if dist.is_initialized():
+        if joins:
             dist.destroy_process_group()
 
 
