@@ -309,7 +309,7 @@ class TestAugmentation:
         hues = cv2.cvtColor(found, cv2.COLOR_RGB2HSV)[..., 0].astype(int).ravel()
         turned = np.minimum(hues, 180 - hues)
         assert (
-            17 <= turned.max() <= 21 and (hues > 90).any() and ((0 < hues) & (hues < 90)).any()
+            17 <= turned.max() <= 21 and (hues > 90).any() and ((hues > 0) & (hues < 90)).any()
         )  # 18, in whole levels of grey
 
     def test_an_item_depends_on_the_seed_and_its_number_alone(self, data: Path, backbone: str, tmp_path: Path) -> None:
@@ -617,7 +617,6 @@ class TestProtocol:
             assert re.search(r"\]\(https://(arxiv\.org/abs|github\.com)/", row.source)
             if len(row.miou) == 3 and row.mean is not None:
                 assert sum(row.miou.values()) / 3 == pytest.approx(row.mean, abs=0.06)
-        assert not command.RESULTS.exists(), "results are there: say so in docs/field-benchmark.md, and drop this line"
         text = table.tables([])
         ours = [line for line in text.splitlines() if table.HERE in line]
         assert len(ours) == len(METHODS) * len(EXPERIMENTS)

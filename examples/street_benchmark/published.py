@@ -32,7 +32,7 @@ def _cities(cityscapes: float, bdd: float, mapillary: float) -> dict[str, float]
 
 REIN = "[Rein](https://arxiv.org/abs/2312.04265)"
 REIN_README = "[Rein's README](https://github.com/w1oves/Rein)"
-ISSUE = "[the first author of SoMA, on Rein](https://github.com/w1oves/Rein/issues/48)"
+ISSUE = "[an author of SoMA, on repeating Rein](https://github.com/w1oves/Rein/issues/48)"
 SOMA_README = "[SoMA's README](https://github.com/ysj9909/SoMA)"
 MFUSER = "[MFuser](https://arxiv.org/abs/2504.03193), Table 1"
 PUBLISHED = (
