@@ -38,7 +38,7 @@ sys.path.append(str(ROOT / "examples"))
 from data import prepare  # noqa: E402
 from street_benchmark import __main__ as command  # noqa: E402
 from street_benchmark import augment, cost, heads, published, scoring, settings, table, windows  # noqa: E402
-from street_benchmark.backbones import load_backbone  # noqa: E402
+from street_benchmark.backbones import blocks_of, checkpoint_activations, load_backbone  # noqa: E402
 from street_benchmark.crops import Crops, batches, observed, sources  # noqa: E402
 from street_benchmark.experiments import EXPERIMENTS, SIZES, fitted  # noqa: E402
 from street_benchmark.methods import METHODS  # noqa: E402
@@ -161,13 +161,21 @@ class TestOneProcess:
         assert_equal(weights(whole), weights(halved))
         assert [record["iou"] for record in results(whole)] == [record["iou"] for record in results(halved)]
 
-    def test_checkpointing_changes_nothing(self, data: Path, backbone: str, timm_backbone: str, tmp_path: Path) -> None:
-        for name in (backbone, timm_backbone):
-            run, (kept, again) = made(name), (tmp_path / name[:4] / "kept", tmp_path / name[:4] / "again")
-            command.main(words(run, kept, data))
-            command.main(words(run, again, data, "--checkpointing"))
-            for name, value in weights(kept).items():
-                torch.testing.assert_close(weights(again)[name], value, rtol=1e-4, atol=1e-6)
+    @pytest.mark.parametrize("library", ["backbone", "timm_backbone"])
+    def test_checkpointing_computes_blocks_twice_and_changes_nothing(
+        self, library: str, data: Path, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        run = made(request.getfixturevalue(library))
+        command.main(words(run, tmp_path / "kept", data))
+        command.main(words(run, tmp_path / "again", data, "--checkpointing"))
+        again = weights(tmp_path / "again")
+        for name, value in weights(tmp_path / "kept").items():
+            torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6)
+        model, calls = Segmenter(run).train(), []
+        checkpoint_activations(model.maps.backbone)
+        blocks_of(model.maps.backbone)[2].norm1.register_forward_hook(lambda *_: calls.append(1))
+        model(torch.randn(1, 3, CROP, CROP), torch.zeros(1, CROP, CROP, dtype=torch.long)).backward()
+        assert len(calls) == 2
 
     def test_the_adapter_loads_and_holds_statistics_of_whole_images(self, data: Path, backbone: str, tmp_path: Path) -> None:
         command.main(words(made(backbone), tmp_path, data))
