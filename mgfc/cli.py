@@ -128,13 +128,14 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from mgfc.backbones.description import describe
+    from mgfc.backbones.named import build
     from mgfc.wrapping import get_calibration, wrap_backbone
 
-    model, size = _build(args.model)
-    calibration = get_calibration(wrap_backbone(model, blocks=args.blocks))
-    height, width = args.size or size
+    named = build(args.model)
+    calibration = get_calibration(wrap_backbone(named.model, blocks=args.blocks))
+    height, width = args.size or named.size
     try:
-        reports = calibration.check(torch.rand(1, _channels(calibration.backbone), height, width))
+        reports = calibration.check(torch.rand(1, named.channels, height, width))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, MGFCError):
             raise
@@ -153,36 +154,3 @@ def _check(args: argparse.Namespace) -> dict[str, Any]:
         "blocks": [asdict(report) for report in reports],
         "text": text,
     }
-
-
-def _build(name: str) -> tuple[Any, tuple[int, int]]:
-    """A model with random weights, and the size of image that it is made for."""
-    import timm
-
-    if timm.is_model(name.partition(".")[0]) and not Path(name).exists():
-        model: Any = timm.create_model(name)
-        return model, tuple(model.pretrained_cfg["input_size"][1:])
-    try:
-        from transformers import AutoConfig, AutoModel
-    except ImportError:
-        raise UnsupportedBackboneError(
-            f"{name}: expected the name of a timm model; for Transformers models, pip install transformers."
-        ) from None
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise AdapterNotFoundError(
-            f"{name}: expected the name of a timm model, or a directory or Hub repository of a Transformers model, found "
-            f"neither ({str(error).splitlines()[0]})."
-        ) from None
-    try:
-        model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        raise UnsupportedBackboneError(f"{name}: {str(error).splitlines()[0]}") from None
-    size = getattr(getattr(config, "vision_config", config), "image_size", None) or 224
-    return model, (size, size) if isinstance(size, int) else tuple(size)
-
-
-def _channels(backbone: Any) -> int:
-    config = getattr(backbone, "config", None)
-    return getattr(config, "num_channels", None) or 3

@@ -85,11 +85,17 @@ class FeatureMaps(nn.Module):
         modules = tower.modules()
         self.channels = [widths[index] for index in self.out_indices]
         self._forward = _Forward()
-        stem_hooks(tower.root, tower.blocks, self._tracker)
+        self._handles = stem_hooks(tower.root, tower.blocks, self._tracker)
         for index in sorted(set(self.out_indices)):
-            modules[index].register_forward_hook(functools.partial(self._capture, index), with_kwargs=True)
+            capture = functools.partial(self._capture, index)
+            self._handles.append(modules[index].register_forward_hook(capture, with_kwargs=True))
         parameters = inspect.signature(tower.root.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+
+    def remove(self) -> None:
+        """Takes its hooks from the backbone, which is then as it was; this object is of no more use."""
+        for handle in self._handles:
+            handle.remove()
 
     def _capture(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tensor = pick_tensor(output)

@@ -64,6 +64,11 @@ class CoarseCalib(SourceCalib):
         z: Tensor = self.source.ready * squared_distance(expected - statistics, variance, (1, 2)).flatten()
         return z
 
+    def deviations(self, statistics: Tensor) -> Tensor:
+        """The t - t' of each image in standard deviations of the source, whose mean square is z: (B, 2, C) -> (B, 2, C)."""
+        expected, variance = self.source.derive(_mean_and_variance)
+        return (statistics - expected) / variance.sqrt()
+
     def forward(self, images: Tensor, statistics: Tensor | None = None) -> Tensor:
         """Calibrates images; in training mode, updates the running statistics and randomises images instead.
 

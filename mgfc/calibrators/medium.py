@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mgfc.calibrators.running import RunningMean
-from mgfc.calibrators.statistics import EPS, SourceCalib
+from mgfc.calibrators.statistics import EPS, SourceCalib, squared_distance
 from mgfc.distributed import process
 
 
@@ -88,12 +88,20 @@ class MediumCalib(SourceCalib):
         directions = F.normalize(prototypes - mean, dim=-1).mT / self.temperature
         return _Source(prototypes, mean, variance.clamp_min(EPS), directions)
 
+    def assign(self, tokens: Tensor) -> Tensor:
+        """A: (B, N, C) -> (B, N, K)."""
+        return self.similarity(tokens).softmax(dim=-1)
+
+    def deviations(self, tokens: Tensor, assignment: Tensor) -> Tensor:
+        """The square root of z, in standard deviations of the source, for tokens under an A: (B, N, C), (B, N, K) -> (B, K)."""
+        source = self.source.derive(self._derive)
+        away = source.prototypes - _centroids(*_gather(tokens, assignment))
+        return squared_distance(away, source.variance, -1).squeeze(-1).sqrt()
+
     def _assign(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A, and q and q c of each image: (B, N, K), (B, K, 1), (B, K, C)."""
-        assignment = self.similarity(tokens).softmax(dim=-1)
-        with torch.autocast(tokens.device.type, enabled=False):
-            sums = assignment.mT @ tokens.to(assignment.dtype) / tokens.shape[1]
-        return assignment, assignment.mean(dim=1).unsqueeze(-1), sums
+        assignment = self.assign(tokens)
+        return assignment, *_gather(tokens, assignment)
 
     def calibrate(self, tokens: Tensor) -> Tensor:
         """X + A [a (P - c)], in the dtype of the tokens: (B, N, C) -> (B, N, C)."""
@@ -139,6 +147,13 @@ class MediumCalib(SourceCalib):
             self.observe(tokens)
             return tokens
         return self.calibrate(tokens)
+
+
+def _gather(tokens: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
+    """The q and q c of each image, from X and A: (B, K, 1), (B, K, C)."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        sums = assignment.mT @ tokens.to(assignment.dtype) / tokens.shape[1]
+    return assignment.mean(dim=1).unsqueeze(-1), sums
 
 
 def _centroids(shares: Tensor, sums: Tensor) -> Tensor:
