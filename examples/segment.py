@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mgfc import FeatureMaps, MGFCError, load_head, wrap_backbone
+from mgfc.viz.files import model_size, read_image
 
 HERE = Path(__file__).parent
-PATCH = 14
+PATCH = 14, 14
 MARGIN, TITLE, ROW = 14, 36, 34
 INK, PAPER = (40, 40, 44), (255, 255, 255)
 
@@ -42,34 +43,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if args.adapter is None:
         args.adapter, args.bare = HERE / "adapter", args.bare or HERE / "bare_head"
     return args
-
-
-def read_image(path: Path) -> Image.Image:
-    """Any image file as upright RGB.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: expected an image, found none that can be read ({error}).") from None
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits: PIL would clip instead of scaling
-        values = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image)
-    return image.convert("RGB")
-
-
-def model_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(width, height) for the model: the same shape, whole patches, `side` the shorter one, the longer one bounded."""
-    scale = min(side / min(size), 3 * side / max(size))
-    width, height = (max(2, round(length * scale / PATCH)) * PATCH for length in size)
-    return width, height
 
 
 def colour(image: Image.Image, classes: np.ndarray, strength: float = 0.65) -> Image.Image:
@@ -128,7 +101,7 @@ class Segmenter:
     @torch.inference_mode()
     def __call__(self, image: Image.Image, side: int) -> dict[str, np.ndarray]:
         """The class of each pixel, at the image's own size, by model."""
-        pixels = normalise(image.resize(model_size(image.size, side), Image.Resampling.BICUBIC)).unsqueeze(0)
+        pixels = normalise(image.resize(model_size(image.size, side, PATCH), Image.Resampling.BICUBIC)).unsqueeze(0)
         found = {"with calibrators": _classes(self.head(self.maps(pixels)), image)}
         if self.bare_head is not None:
             with self.vit.calibration.disabled():
@@ -153,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in args.images:
         try:
             image = read_image(path)
-        except ValueError as error:
+        except OSError as error:
             print(f"segment.py: {error}", file=sys.stderr)
             failed += 1
             continue

@@ -127,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     training = {
         "metrics": metrics,
         "datasets": [args.data.name],
+        "classes": list(CLASSES),
         "recipe": f"{args.steps} steps of {args.batch_size} crops of {args.size[0]} x {args.size[1]}, AdamW, "
         f"learning rate {args.lr:g} (head {args.head_lr:g}), seed {args.seed}"
         + ("" if args.bare else f", then statistics of {args.observe} whole images"),

@@ -1,4 +1,4 @@
-"""The command line: `mgfc info`, `mgfc check`, `mgfc convert-rein`."""
+"""The command line: `mgfc info`, `mgfc check`, `mgfc show`, `mgfc convert-rein`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mgfc._version import __version__
 from mgfc.adapter import GRANULARITIES
-from mgfc.errors import AdapterNotFoundError, CalibrationError, MGFCError, UnsupportedBackboneError
+from mgfc.errors import MGFCError
 
 if TYPE_CHECKING:
     from mgfc.storage.snapshot import Files
@@ -23,12 +22,12 @@ EXIT_CODES = "exit status: 0 if all is well; 1 if the adapter or the model is no
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit status: 0, 1 for an `MGFCError` or an `OSError`, or 2 (raised by argparse)."""
+    """Runs a command line and returns its exit status: 0; 1 with a reason in words; 2 for a wrong one, by argparse."""
     args = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], dict[str, Any]] = args.run
     try:
         result = run(args)
-    except (MGFCError, OSError) as error:
+    except (MGFCError, OSError, ImportError) as error:
         if args.json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         else:
@@ -52,11 +51,21 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="of the trial image (default: the model's own)")
     check.add_argument("--blocks", help="regular expression for the names of the blocks, where detection fails")
     check.set_defaults(run=_check)
+    show = commands.add_parser("show", help="pictures of what an adapter does to images", epilog=EXIT_CODES)
+    show.add_argument("images", nargs="+", metavar="IMAGE", help="files")
+    show.add_argument("--adapter", required=True, metavar="PATH_OR_REPO", help="directory or Hub repository of an adapter")
+    show.add_argument("--revision", help="branch, tag or commit of the adapter's repository")
+    show.add_argument("--backbone", metavar="MODEL", help="as MODEL of check (default: the one that the adapter names)")
+    show.add_argument("--out", default="shown", metavar="DIR", help="where the pictures go; made if missing (default: shown)")
+    show.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="that the model sees (default: the image's shape)")
+    show.add_argument("--out-indices", type=int, nargs="+", metavar="BLOCK", help="whose maps the head reads")
+    show.add_argument("--overwrite", action="store_true", help="write over pictures that are there")
+    show.set_defaults(run=_show)
     convert = commands.add_parser("convert-rein", help="turn a Rein checkpoint into an adapter", epilog=EXIT_CODES)
     convert.add_argument("checkpoint", metavar="IN.pth", help="with keys backbone.reins.*; read without running its code")
     convert.add_argument("directory", metavar="OUT", help="where the adapter goes; made if missing")
     convert.set_defaults(run=_convert)
-    for command in (info, check, convert):
+    for command in (info, check, show, convert):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -123,26 +132,32 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
     return {"directory": args.directory, "calibration": values, "parameters": adapter.num_parameters, "text": text}
 
 
+def _show(args: argparse.Namespace) -> dict[str, Any]:
+    from mgfc.viz.show import show
+
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "run", "json")}
+    shown, prediction = show(**options)
+    lines = [
+        f"{item.picture}  {item.size[0]} x {item.size[1]} pixels, "
+        + ("no statistics of a source" if item.distance is None else f"distance from the source {item.distance:.1f}")
+        for item in shown
+    ]
+    return {"images": [asdict(item) for item in shown], "prediction": prediction, "text": "\n".join([*lines, prediction])}
+
+
 def _check(args: argparse.Namespace) -> dict[str, Any]:
     """Builds the model with random weights, wraps it, and runs one image through its vision tower."""
     import torch
 
     from mgfc.backbones.description import describe
-    from mgfc.backbones.named import build
+    from mgfc.backbones.named import build, told_of_size
     from mgfc.wrapping import get_calibration, wrap_backbone
 
     named = build(args.model)
     calibration = get_calibration(wrap_backbone(named.model, blocks=args.blocks))
     height, width = args.size or named.size
-    try:
+    with told_of_size(args.model, (height, width)):
         reports = calibration.check(torch.rand(1, named.channels, height, width))
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, MGFCError):
-            raise
-        raise CalibrationError(
-            f"{args.model}: expected a forward of an image of {height} x {width} pixels, found that it fails ({error}). "
-            "Choose another size with --size."
-        ) from None
     backbone = {key: value for key, value in describe(calibration.tower).items() if key not in ("fingerprint", "base_model")}
     head = f"{args.model}: {backbone['architecture']}, {height} x {width} pixels"
     text = "\n".join([head, *map(str, reports), "", calibration.summary()])

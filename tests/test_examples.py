@@ -234,7 +234,7 @@ def test_odd_image_files_are_read_upright_as_rgb(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(480, 360), (360, 480), (864, 575), (4000, 100), (1, 1), (14, 3000)])
 def test_the_model_sees_whole_patches_of_the_same_shape(size: tuple[int, int]) -> None:
-    width, height = segment.model_size(size, 392)
+    width, height = segment.model_size(size, 392, segment.PATCH)
     assert width % 14 == height % 14 == 0 and 28 <= min(width, height) <= 392 and max(width, height) <= 3 * 392
     if max(size) / min(size) < 2:
         assert width / height == pytest.approx(size[0] / size[1], rel=0.03) and min(width, height) == 392

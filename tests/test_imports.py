@@ -16,7 +16,7 @@ PACKAGE = Path(mgfc.__file__).parent
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("interop", "__init__"),
+    ("interop", "viz", "__init__"),
     ("wrapping",),
     ("calibration",),
     ("attachment", "reports", "storage"),

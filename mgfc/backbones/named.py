@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from mgfc.errors import AdapterNotFoundError, UnsupportedBackboneError
+from mgfc.errors import AdapterNotFoundError, CalibrationError, MGFCError, UnsupportedBackboneError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -56,7 +57,8 @@ def _of_timm(name: str, pretrained: bool) -> Named:
 
     try:
         try:
-            model: Any = timm.create_model(name, pretrained=pretrained, **({"dynamic_img_size": True} if pretrained else {}))
+            options: dict[str, Any] = {"dynamic_img_size": True} if pretrained else {}
+            model: Any = timm.create_model(name, pretrained=pretrained, **options)
         except TypeError:  # a class without that option
             model = timm.create_model(name, pretrained=pretrained)
     except (OSError, RuntimeError) as error:
@@ -124,3 +126,21 @@ def _no_weights(name: str, error: Exception) -> AdapterNotFoundError:
         f"{name}: expected the weights of this model, found that they cannot be reached ({reason}). Name a directory that "
         "holds the model, or connect to the Hub."
     )
+
+
+@contextmanager
+def told_of_size(name: str, size: tuple[int, int]) -> Iterator[None]:
+    """Within it, what a model raises over an image of a size is raised as an error in our words.
+
+    Raises:
+        CalibrationError: instead of the model's own error.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, MGFCError):
+            raise
+        raise CalibrationError(
+            f"{name}: expected a forward of an image of {size[0]} x {size[1]} pixels, found that it fails ({error}). "
+            "Choose another size with --size."
+        ) from None

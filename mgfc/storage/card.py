@@ -115,4 +115,5 @@ def _what(content: Mapping[str, Any]) -> str:
 
 def _cell(value: object) -> str:
     """What a cell of a Markdown table holds."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")

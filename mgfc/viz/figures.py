@@ -24,6 +24,18 @@ _TITLE = 0.4
 _NO_MATPLOTLIB = 'mgfc.viz: expected Matplotlib, found that it is not installed. Install it with: pip install "mgfc[viz]"'
 
 
+def require_matplotlib() -> None:
+    """Raises an error in our words if Matplotlib is missing.
+
+    Raises:
+        ImportError: then.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ImportError(_NO_MATPLOTLIB) from None
+
+
 def plot_coarse(record: Record) -> Figure:
     """The image, what the coarse stage made of it, and how far its channels' statistics lay from the source's.
 
@@ -31,7 +43,7 @@ def plot_coarse(record: Record) -> Figure:
         CalibrationError: if the adapter has no coarse stage, or one without statistics.
         ImportError: without Matplotlib, as all plots.
     """
-    return _figure(record, [_coarse(record)])
+    return _figure(record, [(3, _coarse(record))])
 
 
 def plot_medium(record: Record, block: str | None = None) -> Figure:
@@ -44,7 +56,7 @@ def plot_medium(record: Record, block: str | None = None) -> Figure:
     Raises:
         CalibrationError: if there is no medium stage, or one without statistics.
     """
-    return _figure(record, [_medium(record, block)])
+    return _figure(record, [(3, _medium(record, block))])
 
 
 def plot_fine(record: Record, block: str | None = None) -> Figure:
@@ -57,7 +69,7 @@ def plot_fine(record: Record, block: str | None = None) -> Figure:
     Raises:
         CalibrationError: if there is no fine stage.
     """
-    return _figure(record, [_fine(record, block)])
+    return _figure(record, [(3, _fine(record, block))])
 
 
 def plot_change(record: Record) -> Figure:
@@ -100,7 +112,7 @@ def plot_overview(
         rows.append((3, _medium(record, None)))
     if record.fine:
         rows.append((3, _fine(record, None)))
-    rows.append((3, lambda axes: (panels.features(axes[:2], record), panels.changes(axes[2], record))))
+    rows.append((3, lambda axes: panels.features_and_changes(axes, record)))
     if record.prediction is not None:
         rows.append((3, _prediction(record, classes, palette)))
     return _figure(record, rows, "\n".join(filter(None, [title, panels.distance(record)])))
@@ -152,10 +164,9 @@ def _missing(what: str) -> CalibrationError:
 
 def _figure(record: Record, rows: Sequence[tuple[int, Draw]], title: str = "") -> Figure:
     """A figure of rows, each a number of panels as large as the image and what draws them."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError(_NO_MATPLOTLIB) from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     height, width = record.picture.shape[:2]
     row = _COLUMN * min(max(height / width, 0.5), 1.5) + _TITLE
     columns = max(number for number, _ in rows)

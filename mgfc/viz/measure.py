@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,7 +69,7 @@ def record(
     maps = FeatureMaps(calibration.backbone, range(len(names)), blocks=names)
     try:
         with evaluating(model), torch.no_grad():
-            return [_measure(calibration, maps, predict, image, Shades(image, mean, std)) for image in images.split(1)]
+            return [_measure(calibration, maps, predict, image, Shades(image, mean, std)) for image in torch.split(images, 1)]
     finally:
         maps.remove()
 
@@ -174,14 +173,15 @@ def _fine(stage: FineCalib, tokens: Tensor, refined: Tensor, grid: tuple[int, in
 
 def _placed(values: Tensor, grid: tuple[int, int]) -> Tensor:
     """Values of one image's patches, in their places: (1, h*w, ...) -> (h, w, ...)."""
-    return values[0].unflatten(0, grid).float().cpu()
+    return values[0].view(*grid, *values.shape[2:]).float().cpu()
 
 
 def _moved(tokens: Tensor, other: Tensor, dim: int = -1) -> Tensor:
     """How far vectors are apart, in lengths of the first."""
     tokens, other = tokens.float(), other.float()
     lengths = torch.linalg.vector_norm(tokens, dim=dim).clamp_min(1e-12)
-    return torch.linalg.vector_norm(other - tokens, dim=dim) / lengths
+    moved: Tensor = torch.linalg.vector_norm(other - tokens, dim=dim) / lengths
+    return moved
 
 
 def _changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, ...]:
@@ -190,7 +190,7 @@ def _changes(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, 
 
 
 def _channels_last(features: Tensor) -> Tensor:
-    return rearrange(features, "1 c h w -> h w c").float().cpu()
+    return features[0].permute(1, 2, 0).float().cpu()
 
 
 def _logits(predict: Predict, image: Tensor) -> Tensor:
@@ -203,4 +203,5 @@ def _logits(predict: Predict, image: Tensor) -> Tensor:
 
 def _classes(logits: Tensor, image: Tensor) -> Tensor:
     """The class of each pixel: (1, K, h, w) -> (H, W)."""
-    return F.interpolate(logits.float(), size=image.shape[2:], mode="bilinear", align_corners=False)[0].argmax(dim=0).cpu()
+    resized: Tensor = F.interpolate(logits.float(), size=image.shape[2:], mode="bilinear", align_corners=False)
+    return resized[0].argmax(dim=0).cpu()

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 INK, FAINT, LINE = "#26262b", "#8a8a94", "#d9d9df"
 BEFORE, AFTER = "#a3a3ad", "#c2410c"
 _MOST_ROWS = 16
-_LEAST_SHARE = 0.002
+_LEAST_SHARE = 0.005
 
 
 def distance(record: Record) -> str:
     """The distance from the source, in words; empty without one."""
-    return "" if record.distance is None else f"distance from the source: {record.distance:.1f} (the source's own: about 1 or less)"
+    return (
+        ""
+        if record.distance is None
+        else f"distance from the source: {record.distance:.1f} (the source's own: about 1 or less)"
+    )
 
 
 def image(axes: Axes, record: Record) -> None:
@@ -75,17 +79,26 @@ def features(axes: Sequence[Axes], record: Record) -> None:
 
 def changes(axes: Axes, record: Record) -> None:
     """The change that leaves each block, as curves."""
-    curves = {"learnt, against the bare backbone": (record.learnt, BEFORE), "calibration, against none": (record.calibrated, AFTER)}
+    curves = {
+        "learnt, against the bare backbone": (record.learnt, BEFORE),
+        "calibration, against none": (record.calibrated, AFTER),
+    }
     for name, (values, colour) in curves.items():
         if values is not None:
             axes.plot(range(len(values)), [100 * value for value in values], marker="o", ms=4, color=colour, label=name)
     axes.set_ylim(0, 1.25 * max(axes.get_ylim()[1], 1e-6))  # room for the legend
     axes.set_xlim(-0.4, len(record.blocks) - 0.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("block", color=INK)
     axes.grid(axis="y", color=LINE, lw=0.8)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
     _frame(axes, "change per block, in % of the tokens' length")
+
+
+def features_and_changes(axes: Sequence[Axes], record: Record) -> None:
+    """Both, in one row."""
+    features(axes[:2], record)
+    changes(axes[2], record)
 
 
 def prediction(axes: Sequence[Axes], record: Record, names: Sequence[str], colours: Tensor) -> None:
@@ -95,7 +108,9 @@ def prediction(axes: Sequence[Axes], record: Record, names: Sequence[str], colou
         _show(ax, class_colours(record.picture, classes, colours), record, f"prediction, {name}")
     before, after = (torch.bincount(item.flatten(), minlength=len(names)) / item.numel() for item in record.prediction)
     changed = (record.prediction[0] != record.prediction[1]).float().mean()
-    order = [index for index in torch.maximum(before, after).argsort(descending=True).tolist() if before[index] + after[index] > 0]
+    order = [
+        index for index in torch.maximum(before, after).argsort(descending=True).tolist() if before[index] + after[index] > 0
+    ]
     _legend(axes[2], [(names[i], colours[i], before[i].item(), after[i].item()) for i in order], changed.item())
 
 
@@ -107,6 +122,7 @@ def _show(axes: Axes, picture: Tensor, record: Record, title: str) -> None:
     """A picture, or a map of patches stretched over the image."""
     height, width = record.picture.shape[:2]
     axes.imshow(picture.clamp(0, 1).numpy(), extent=(0, width, height, 0), interpolation="antialiased")
+    axes.set_anchor("NW")
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_axis_off()
 
@@ -120,13 +136,12 @@ def _heat(axes: Axes, values: Tensor, record: Record, title: str, limit: float |
     bar = axes.figure.colorbar(shown, cax=beside)
     bar.outline.set_visible(False)
     beside.tick_params(length=0, labelsize=9, labelcolor=INK)
+    axes.set_anchor("NW")
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_axis_off()
 
 
-def _dumbbells(
-    axes: Axes, names: Sequence[str], before: Tensor, after: Tensor, colours: Sequence[object], title: str
-) -> None:
+def _dumbbells(axes: Axes, names: Sequence[str], before: Tensor, after: Tensor, colours: Sequence[object], title: str) -> None:
     """A row for each name: a hollow dot where it was, and an arrow to a filled one where it is."""
     for row, (start, stop, colour) in enumerate(zip(before.tolist(), after.tolist(), colours, strict=True)):
         axes.plot([start, stop], [row, row], color=colour, lw=2, solid_capstyle="round", zorder=2)
