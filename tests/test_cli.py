@@ -8,12 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from helpers import randomise
+from hub_server import HubServer
+from PIL import Image
+from safetensors.torch import save
 
 from mgfc import MGFCConfig, SegmentationHead, __version__, wrap_backbone
+from mgfc.backbones.named import IMAGENET
 from mgfc.cli import main
+from mgfc.viz.files import as_tensor, read_image
 
 Capture = pytest.CaptureFixture[str]
 
@@ -106,6 +113,142 @@ class TestCheck:
         assert message in found["message"]
 
 
+class TestShow:
+    @pytest.fixture
+    def streets(self, tmp_path: Path) -> list[str]:
+        """Two images of one name, one of them grey and upright."""
+        rng = np.random.default_rng(0)
+        (tmp_path / "other").mkdir()
+        paths = [tmp_path / "street.png", tmp_path / "other" / "street.png"]
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(paths[0])
+        Image.fromarray(rng.integers(0, 256, (70, 50), dtype=np.uint8)).save(paths[1])
+        return [str(path) for path in paths]
+
+    @pytest.fixture
+    def places(self, tmp_path: Path) -> list[str]:
+        """Options: a small Transformers backbone and an adapter for it, with a head."""
+        return self.save(tmp_path, SegmentationHead([32, 32], 4), classes=["sky", "road", "tree", "car"])
+
+    @staticmethod
+    def save(root: Path, head: Any, **training: Any) -> list[str]:
+        transformers = pytest.importorskip("transformers")
+        pytest.importorskip("matplotlib")
+        sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56, "patch_size": 7}
+        vit = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+        vit.save_pretrained(root / "backbone")
+        wrap_backbone(vit, MGFCConfig(rank=4))
+        randomise(vit.calibration)
+        vit.calibration.save_pretrained(root / "adapter", head=head, training=training)
+        return ["--adapter", str(root / "adapter"), "--backbone", str(root / "backbone"), "--out", str(root / "shown")]
+
+    def test_a_picture_for_each_image(self, streets: list[str], places: list[str], tmp_path: Path, capsys: Capture) -> None:
+        assert main(["show", *streets, *places]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        out = tmp_path / "shown"
+        assert sorted(path.name for path in out.iterdir()) == ["street_2_calibration.png", "street_calibration.png"]
+        assert printed[0].startswith(f"{out / 'street_calibration.png'}  56 x 84 pixels, distance from the source ")
+        assert "  77 x 56 pixels" in printed[1]
+        assert printed[2] == "prediction by the adapter's head, from blocks 1, 3, at even distances"
+        with Image.open(out / "street_calibration.png") as wide, Image.open(out / "street_2_calibration.png") as tall:
+            assert wide.width == tall.width and wide.height < tall.height
+
+    def test_json_and_what_can_be_chosen(self, streets: list[str], places: list[str], capsys: Capture) -> None:
+        options = ["--size", "28", "42", "--out-indices", "0", "1", *places]
+        status, found = as_json(capsys, "show", streets[0], *options)
+        assert status == 0 and found["prediction"].endswith("from blocks 0, 1, as named")
+        (shown,) = found["images"]
+        assert shown["size"] == [28, 42] and Path(shown["picture"]).exists() and shown["image"] == streets[0]
+        vit = wrap_backbone(transformers_model(places[3]), places[1]).eval()
+        image = as_tensor(read_image(streets[0]), (28, 42), *IMAGENET)
+        vit(image)
+        assert shown["distance"] == vit.calibration.distance().item()
+
+    def test_without_a_head_there_is_no_prediction(self, streets: list[str], tmp_path: Path, capsys: Capture) -> None:
+        places = self.save(tmp_path, None)
+        assert main(["show", streets[0], *places]) == 0
+        assert capsys.readouterr().out.splitlines()[1] == "no prediction: the adapter has no head"
+        status, found = as_json(capsys, "show", streets[1], "--out-indices", "1", "--overwrite", *places)
+        assert (status, found["error"]) == (1, "ConfigError") and "found no head beside the adapter" in found["message"]
+        places = self.save(tmp_path / "other", torch.nn.Conv2d(32, 4, 1))
+        status, found = as_json(capsys, "show", streets[1], *places)
+        assert (
+            status == 0
+            and found["prediction"] == "no prediction: the adapter has a head of class Conv2d, not a SegmentationHead"
+        )
+
+    def test_pictures_that_are_there_stay_unless_told(
+        self, streets: list[str], places: list[str], tmp_path: Path, capsys: Capture
+    ) -> None:
+        picture = tmp_path / "shown" / "street_calibration.png"
+        picture.parent.mkdir()
+        picture.write_text("mine")
+        status, found = as_json(capsys, "show", *streets, *places)
+        assert (status, found["error"]) == (1, "FileExistsError") and str(picture) in found["message"]
+        assert picture.read_text() == "mine" and len(list(picture.parent.iterdir())) == 1
+        assert main(["show", *streets, *places, "--overwrite"]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def test_a_picture_is_written_whole_or_not_at_all(
+        self, streets: list[str], places: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from matplotlib.figure import Figure
+
+        def interrupted(self: Figure, path: Path, **options: Any) -> None:
+            path.write_bytes(b"half")
+            raise OSError("No space left on device")
+
+        picture = tmp_path / "shown" / "street_calibration.png"
+        picture.parent.mkdir()
+        picture.write_text("mine")
+        monkeypatch.setattr(Figure, "savefig", interrupted)
+        status, found = as_json(capsys, "show", streets[0], *places, "--overwrite")
+        assert (status, found["error"]) == (1, "OSError") and "No space" in found["message"]
+        assert picture.read_text() == "mine" and list(picture.parent.iterdir()) == [picture]
+
+    def test_what_cannot_be_shown(
+        self, streets: list[str], places: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "text.png").write_text("no image")
+        (tmp_path / "file").write_text("")
+        adapter, backbone, out = (places[index : index + 2] for index in (0, 2, 4))
+        for words, error, message in [
+            ([streets[0], str(tmp_path / "text.png"), *places], "OSError", "text.png: expected an image"),
+            ([str(tmp_path / "missing.png"), *places], "OSError", "missing.png: expected an image"),
+            ([streets[0], *adapter, *backbone, "--out", str(tmp_path / "file")], "NotADirectoryError", "found a file"),
+            ([streets[0], "--adapter", "./nothing", *backbone, *out], "AdapterNotFoundError", "expected the directory"),
+            ([streets[0], *adapter, *out], "AdapterNotFoundError", "Name one with --backbone"),
+            ([streets[0], *adapter, "--backbone", "./nothing", *out], "AdapterNotFoundError", "expected the name of a timm"),
+            ([streets[0], *places, "--out-indices", "1"], "AdapterMismatchError", "expected maps of widths [32, 32]"),
+            ([streets[0], *places, "--size", "3", "3"], "CalibrationError", "Choose another size with --size"),
+        ]:
+            status, found = as_json(capsys, "show", *words)
+            assert (status, found["error"]) == (1, error) and message in found["message"], found
+            assert not list(tmp_path.glob("shown/*")), words
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        status, found = as_json(capsys, "show", streets[0], *places)
+        assert (status, found["error"]) == (1, "ImportError") and 'pip install "mgfc[viz]"' in found["message"]
+
+    def test_a_timm_model_by_its_name(self, streets: list[str], tmp_path: Path, hub: HubServer, capsys: Capture) -> None:
+        pytest.importorskip("matplotlib")
+        words = ["--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "shown"), "--size", "64", "96"]
+        vit = timm.create_model("test_vit.r160_in1k")
+        weights = save({name: value.contiguous() for name, value in vit.state_dict().items()})
+        wrap_backbone(vit, MGFCConfig(rank=4))
+        vit.calibration.save_pretrained(tmp_path / "adapter", head=SegmentationHead([64] * 2, 4))
+        status, found = as_json(capsys, "show", streets[0], *words)
+        assert (status, found["error"]) == (1, "AdapterNotFoundError") and "weights of this model" in found["message"]
+        hub.put("timm/test_vit.r160_in1k", {"model.safetensors": weights, "config.json": b"{}"})
+        status, found = as_json(capsys, "show", streets[0], *words)
+        assert status == 0, found
+        assert found["images"][0]["distance"] is None
+
+
+def transformers_model(directory: str) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(directory)
+
+
 def test_convert_rein(tmp_path: Path, capsys: Capture) -> None:
     from test_rein import checkpoint
 
@@ -121,7 +264,7 @@ def test_convert_rein(tmp_path: Path, capsys: Capture) -> None:
     assert (status, found["error"]) == (1, "AdapterNotFoundError")
 
 
-@pytest.mark.parametrize("arguments", [[], ["info"], ["snow"], ["check", "test_vit", "--size", "3"]])
+@pytest.mark.parametrize("arguments", [[], ["info"], ["snow"], ["show", "street.png"], ["check", "test_vit", "--size", "3"]])
 def test_wrong_commands(arguments: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)

@@ -10,6 +10,7 @@ import datetime
 import functools
 import inspect
 import json
+import operator
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from hub_server import HubServer
 
 import mgfc
+from mgfc import viz
 
 pytest.importorskip("transformers")
 yaml = pytest.importorskip("yaml")
@@ -114,9 +116,9 @@ def test_the_refused_classes_are_those_of_the_tests() -> None:
     assert all(REFUSED[name] in reason for name, reason in generate.refusals().items())
 
 
-@pytest.mark.parametrize("name", mgfc.__all__)
+@pytest.mark.parametrize("name", [*mgfc.__all__, *(f"viz.{name}" for name in viz.__all__)])
 def test_public_names_are_documented(name: str) -> None:
-    documented = inspect.getdoc(getattr(mgfc, name)) or ""
+    documented = inspect.getdoc(operator.attrgetter(name)(mgfc)) or ""
     assert len(documented) > 20
     assert f"::: mgfc.{name}\n" in (ROOT / "docs" / "reference.md").read_text()
 

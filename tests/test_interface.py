@@ -1,4 +1,4 @@
-"""The public interface: names and signatures of `mgfc.__all__` are those in interface.json, beside this file.
+"""The public interface: names and signatures of `mgfc` and `mgfc.viz` are those in interface.json, beside this file.
 
 A change that is meant is written down by `python tests/test_interface.py --write`; review the difference, and say in
 CHANGELOG.md what a user has to do.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import mgfc
+from mgfc import viz
 
 SNAPSHOT = Path(__file__).with_name("interface.json")
 
@@ -52,7 +53,8 @@ def describe(value: Any) -> Any:
 
 
 def interface() -> dict[str, Any]:
-    return {name: describe(getattr(mgfc, name)) for name in sorted(mgfc.__all__)}
+    found = {name: describe(getattr(mgfc, name)) for name in sorted(mgfc.__all__)}
+    return found | {f"viz.{name}": describe(getattr(viz, name)) for name in sorted(viz.__all__)}
 
 
 def as_text(found: dict[str, Any]) -> str:

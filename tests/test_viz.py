@@ -263,7 +263,10 @@ class TestFigures:
     def test_the_overview_has_them_all(self, found: viz.Record) -> None:
         figure = viz.plot_overview(found, "street.jpg")
         assert set(titles(figure)) >= {title for group in TITLES.values() for title in group}
-        assert figure.get_suptitle() == f"street.jpg\ndistance from the source: {found.distance:.1f} (the source's own: about 1 or less)"
+        assert (
+            figure.get_suptitle()
+            == f"street.jpg\ndistance from the source: {found.distance:.1f} (the source's own: about 1 or less)"
+        )
 
     def test_pictures_before_and_after_differ_as_the_record_does(self, found: viz.Record) -> None:
         for plot in (viz.plot_coarse, viz.plot_features, viz.plot_prediction):
@@ -291,7 +294,7 @@ class TestFigures:
         assert np.array_equal(colours[0][4:], colours[1][4:]) and not np.array_equal(colours[0][:2], colours[1][:2])
 
     def test_names_and_colours_have_to_fit(self, found: viz.Record) -> None:
-        with pytest.raises(CalibrationError, match="names of 5 classes and colours .* found 2 names"):
+        with pytest.raises(CalibrationError, match=r"names of 5 classes and colours .* found 2 names"):
             viz.plot_prediction(found, ["sky", "road"])
         with pytest.raises(CalibrationError, match=r"colours \(4, 3\)"):
             viz.plot_overview(found, palette=torch.rand(4, 3))
@@ -337,31 +340,32 @@ class TestImports:
                 plot(found)
 
 
+@pytest.fixture(scope="module")
+def score() -> Callable[[Any, str | None, int], float]:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("albumentations")
+    sys.path.append(str(EXAMPLES))
+    from domain_generalization.corruptions import corrupt
+    from streets import normalise
+
+    config = transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*same shape but other weights")  # the distance is of the image alone
+        vit = wrap_backbone(transformers.Dinov2Model(config), EXAMPLES / "adapter").eval()
+
+    @torch.no_grad()
+    def run(image: Any, kind: str | None = None, strength: int = 0, seed: int = 0) -> float:
+        pixels = normalise((image if kind is None else corrupt(image, kind, strength, seed)).resize((112, 84)))
+        vit(pixels.unsqueeze(0))
+        return vit.calibration.distance().item()
+
+    return run
+
+
 class TestDistance:
     """The score of an image as it comes from a wrapped model, on real and rendered images, with the committed adapter."""
 
     STRENGTHS = (1, 2)
-
-    @pytest.fixture(scope="class")
-    def score(self) -> Callable[[Any, str | None, int], float]:
-        transformers = pytest.importorskip("transformers")
-        pytest.importorskip("albumentations")
-        sys.path.append(str(EXAMPLES))
-        from domain_generalization.corruptions import corrupt
-        from streets import normalise
-
-        config = transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*same shape but other weights")  # the distance is of the image alone
-            vit = wrap_backbone(transformers.Dinov2Model(config), EXAMPLES / "adapter").eval()
-
-        @torch.no_grad()
-        def run(image: Any, kind: str | None = None, strength: int = 0, seed: int = 0) -> float:
-            pixels = normalise((image if kind is None else corrupt(image, kind, strength, seed)).resize((112, 84)))
-            vit(pixels.unsqueeze(0))
-            return vit.calibration.distance().item()
-
-        return run
 
     def test_each_scene_of_the_source_lies_nearer_than_itself_in_fog_or_at_night(self, score: Any) -> None:
         from streets import StreetScenes
