@@ -85,10 +85,11 @@ def home(record: viz.Record, name: str, kind: str) -> Figure:
     titles = [f"a street in {kind}", "without calibration", "with mgfc's calibration"]
     if scores is not None:
         titles[1:] = [f"{title}: {score:.0f} % right" for title, score in zip(titles[1:], scores, strict=True)]
-    figure = Figure(figsize=(15, 4.45), layout="constrained")
+    figure = Figure(figsize=(15, 4.7), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12)
     for axes, title, picture in zip(figure.subplots(1, 3), titles, [record.picture, *shown], strict=True):
         axes.imshow(picture.numpy())
-        axes.set_title(title, loc="left", fontsize=17, color=INK)
+        axes.set_title(title, loc="left", fontsize=16, color=INK)
         axes.set_axis_off()
     present = sorted({int(index) for found in record.prediction for index in found.unique()})
     for index in present:

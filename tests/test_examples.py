@@ -274,6 +274,45 @@ def test_unreadable_images_are_named_and_the_others_segmented(
     assert written == ["palette_segmented", "turned_segmented", "turned_segmented_2"]
 
 
+def test_the_gallery_writes_its_pictures_and_its_table(
+    real_backbone: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gallery
+
+    (tmp_path / "pictures.md").write_text("# Pictures\n\n<!-- distances: begin -->old<!-- distances: end -->\n\nAfter.\n")
+    name, kind = gallery.HOME
+    (tmp_path / "samples" / "images").mkdir(parents=True)
+    for part in ("adapter", f"images/{name}.jpg"):
+        (tmp_path / "samples" / part).symlink_to(EXAMPLES / part)
+    for constant, value in {"HERE": tmp_path / "samples", "DOCS": tmp_path, "SHORTER": 84, "CONDITIONS": (None, kind)}.items():
+        monkeypatch.setattr(gallery, constant, value)
+    gallery.main(real_backbone)
+    assert {path.name for path in (tmp_path / "images").iterdir()} == {f"calibration_{name}_{kind}.webp", "home.webp"}
+    page = (tmp_path / "pictures.md").read_text()
+    clean, foggy = (row.split(" | ") for row in page.splitlines() if row.startswith("| `"))
+    assert float(clean[2]) < 1 < float(foggy[2]) and float(clean[5].strip("| ")) > 50
+    assert "old" not in page and page.endswith("After.\n")
+
+
+def test_the_pictures_of_the_docs_are_there_and_compact() -> None:
+    import gallery
+
+    names = ["home.webp", *(f"calibration_{name}_{kind or 'clean'}.webp" for name, kind in gallery.SHEETS)]
+    sizes = {name: (EXAMPLES.parent / "docs" / "images" / name).stat().st_size for name in names}
+    assert sizes["home.webp"] <= 200_000 and sum(sizes.values()) <= 1_500_000
+    page = (EXAMPLES.parent / "docs" / "pictures.md").read_text()
+    assert all(f"](images/{name})" in page for name in names[1:])
+    assert page.count("\n| `") == len(gallery.CONDITIONS) * len(list((EXAMPLES / "images").glob("*.jpg")))
+
+
+def test_distances_of_the_source_grow_with_fog_and_night(real_backbone: list[str]) -> None:
+    import distances
+
+    (row,) = distances.main(["--count", "3", *real_backbone])[2:]
+    clean, *drawn = (float(cell.split()[0]) for cell in row.split(" | ")[1:])
+    assert len(drawn) == 6 and clean < min(drawn) and drawn[:3] == sorted(drawn[:3]) and drawn[3:] == sorted(drawn[3:])
+
+
 def test_a_missing_adapter_is_an_error_in_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert segment.main(["--adapter", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
     assert "none" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def coarse(axes: Sequence[Axes], record: Record, found: CoarseRecord) -> None:
     _dumbbells(axes[2], names, before, after, [AFTER] * len(names), title)
     axes[2].axvspan(-1, 1, color=LINE, alpha=0.6, lw=0, zorder=0)
     axes[2].axvline(0, color=FAINT, lw=0.8, zorder=1)
-    axes[2].set_xlabel("from the source's mean, in its standard deviations", color=INK)
+    axes[2].set_xlabel("from the source's mean, in its standard deviations", color=INK, fontsize=9)
 
 
 def medium(axes: Sequence[Axes], record: Record, block: str, found: MediumRecord) -> None:
@@ -59,8 +59,8 @@ def medium(axes: Sequence[Axes], record: Record, block: str, found: MediumRecord
     names = [f"{100 * found.shares[index]:.0f} %" for index in shown]
     picked = [tuple(colours[index].tolist()) for index in shown]
     _dumbbells(axes[2], names, found.before[shown], found.after[shown], picked, "medium: how far categories moved")
-    axes[2].set_xlabel("from the prototype, in the source's standard deviations", color=INK)
-    axes[2].set_ylabel("category, share of the image", color=INK)
+    axes[2].set_xlabel("from the prototype, in the source's standard deviations", color=INK, fontsize=9)
+    axes[2].set_ylabel("category, share of the image", color=INK, fontsize=9)
     axes[2].set_xlim(left=0)
 
 
@@ -89,7 +89,7 @@ def changes(axes: Axes, record: Record) -> None:
     axes.set_ylim(0, 1.25 * max(axes.get_ylim()[1], 1e-6))  # room for the legend
     axes.set_xlim(-0.4, len(record.blocks) - 0.6)
     axes.locator_params(axis="x", integer=True)
-    axes.set_xlabel("block", color=INK)
+    axes.set_xlabel("block", color=INK, fontsize=9)
     axes.grid(axis="y", color=LINE, lw=0.8)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
     _frame(axes, "change per block, in % of the tokens' length")
