@@ -82,7 +82,7 @@ def home(record: viz.Record, name: str, kind: str) -> Figure:
     assert record.prediction is not None
     scores = right(record, name)
     shown = [class_colours(record.picture, classes, COLOURS) for classes in record.prediction]
-    titles = [f"a street in {kind}", "without calibration", "with mgfc's calibration"]
+    titles = [f"a rendered street, in drawn {kind}", "without calibration", "with mgfc's calibration"]
     if scores is not None:
         titles[1:] = [f"{title}: {score:.0f} % right" for title, score in zip(titles[1:], scores, strict=True)]
     figure = Figure(figsize=(15, 4.7), layout="constrained")

@@ -110,8 +110,8 @@ class Calibration(Attachment):
         """How far the images of this thread's last forward in evaluation lay from the source: (B,).
 
         It is z of the coarse stage, the mean squared distance of the channels' statistics in variances of the source:
-        about 1 or less for images like the source's, 3 and more in dense fog or at night. A compiled forward does not tell
-        it. `docs/deployment.md`, "How far from the source", has measured values.
+        about 1 or less for images like the source's, 2 to 10 in dense fog or at night. A compiled forward does not tell it.
+        `docs/deployment.md`, "How far from the source", has measured values.
 
         Raises:
             CalibrationError: if there was no such forward.

@@ -277,6 +277,25 @@ class TestFigures:
             before, after = (axes.images[0].get_array() for axes in plot(same).axes[:2])
             assert np.array_equal(before, after)
 
+    def test_features_before_and_after_share_their_colours(self, found: viz.Record) -> None:
+        longer = replace(found, features=(found.features[0], 2 * found.features[0]))
+        before, after = (axes.images[0].get_array() for axes in viz.plot_features(longer).axes)
+        assert not np.allclose(before, after, atol=0.05)
+
+    def test_each_row_of_a_chart_leads_from_before_to_after(self, found: viz.Record) -> None:
+        assert found.coarse is not None
+        medium = found.medium["blocks.2"]
+        order = [k for k in medium.shares.argsort(descending=True).tolist() if medium.shares[k] >= 0.005]
+        for figure, before, after in (
+            (viz.plot_coarse(found), found.coarse.before.flatten(), found.coarse.after.flatten()),
+            (viz.plot_medium(found), medium.before[order], medium.after[order]),
+        ):
+            chart = figure.axes[2]
+            ends = [list(line.get_xdata()) for line in chart.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 2]
+            assert ends == [[start, stop] for start, stop in zip(before.tolist(), after.tolist(), strict=True)]
+        learnt, calibrated = (list(line.get_ydata()) for line in viz.plot_change(found).axes[0].lines)
+        assert learnt == [100 * v for v in found.learnt or ()] and calibrated == [100 * v for v in found.calibrated or ()]
+
     def test_a_block_can_be_chosen(self, found: viz.Record) -> None:
         assert titles(viz.plot_medium(found, "blocks.0"))[0] == "medium: categories, blocks.0"
         with pytest.raises(CalibrationError, match=r"Expected one of the blocks blocks\.2, found 'blocks\.0'"):
