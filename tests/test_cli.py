@@ -163,6 +163,27 @@ class TestShow:
         vit(image)
         assert shown["distance"] == vit.calibration.distance().item()
 
+    def test_no_two_images_share_a_picture(
+        self, streets: list[str], places: list[str], tmp_path: Path, capsys: Capture
+    ) -> None:
+        third = tmp_path / "street_2.png"
+        third.write_bytes(Path(streets[0]).read_bytes())
+        status, found = as_json(capsys, "show", *streets, str(third), "--size", "28", "28", *places)
+        assert status == 0
+        names = [Path(image["picture"]).name for image in found["images"]]
+        assert names == ["street_calibration.png", "street_2_calibration.png", "street_2_2_calibration.png"]
+
+    @pytest.mark.parametrize(
+        ("noted", "told"),
+        [([0, 2], "0, 2, as noted in training"), ("all", "1, 3, at even distances"), (["0"], "1, 3, at even")],
+    )
+    def test_blocks_from_the_training_notes(
+        self, noted: Any, told: str, streets: list[str], tmp_path: Path, capsys: Capture
+    ) -> None:
+        places = self.save(tmp_path, SegmentationHead([32, 32], 4), out_indices=noted, classes="none")
+        status, found = as_json(capsys, "show", streets[0], "--size", "28", "28", *places)
+        assert status == 0 and f"from blocks {told}" in found["prediction"]
+
     def test_without_a_head_there_is_no_prediction(self, streets: list[str], tmp_path: Path, capsys: Capture) -> None:
         places = self.save(tmp_path, None)
         assert main(["show", streets[0], *places]) == 0

@@ -159,6 +159,35 @@ class TestRecord:
         known = one(timm_vit(in_chans=channels), images, mean=[0.5] * channels, std=[0.2] * channels)
         assert torch.allclose(known.picture, (shown * 0.2 + 0.5).clamp(0, 1).permute(1, 2, 0), atol=1e-5)
 
+    @pytest.mark.parametrize("name", ["windows", "units", "host", "half"])
+    def test_other_layouts_hosts_and_precisions(self, name: str) -> None:
+        config = MGFCConfig(rank=4, fine=FineConfig(layers="last:1"))
+        sizes, dtype = (64, 96), torch.float32
+        if name == "windows":
+            small = {"embed_dim": 32, "depth": 3, "num_heads": 2, "window_size": 3, "global_attn_indexes": (2,)}
+            model, grid, sizes = timm.create_model("samvit_base_patch16", img_size=64, **small), (4, 4), (64, 64)
+        elif name == "units":
+            small = {"embed_dim": 24, "stages": (1, 1, 2, 1), "num_heads": 1}
+            model, grid = timm.create_model("hiera_tiny_224", img_size=(64, 96), **small), (2, 3)
+        elif name == "half":
+            small = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+            model, grid = timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), **small).bfloat16(), (4, 6)
+            dtype = torch.bfloat16
+        else:
+            transformers = pytest.importorskip("transformers")
+            small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+            model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=small | {"image_size": 32, "patch_size": 8}))
+            grid, sizes = (4, 4), (32, 32)
+        wrap_backbone(model, config)
+        calibration = get_calibration(model)
+        randomise(calibration)
+        found = one(model.eval(), torch.randn(1, 3, *sizes, dtype=dtype) + 1)
+        last = found.blocks[-1]
+        assert found.features[0].shape[:2] == found.medium[last].moved.shape == found.fine[last].added.shape == grid
+        assert not torch.equal(*found.features) and all(item.isfinite().all() for item in found.features)
+        assert found.features[1].dtype == torch.float32 and found.distance is not None and found.distance > 0
+        assert f"medium: categories, {last}" in titles(viz.plot_overview(found))
+
     def test_an_image_is_shown_as_it_was(self) -> None:
         pixels = torch.rand(1, 3, 32, 48)
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)

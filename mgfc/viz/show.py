@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,13 +111,11 @@ def _targets(images: Sequence[str | os.PathLike[str]], out: Path, overwrite: boo
     """Where the picture of each image goes; images of one name are numbered."""
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out}: expected a directory for the pictures, found a file. Name another with --out.")
-    stems = Counter[str]()
-    targets = []
+    targets: list[Path] = []
     for path in images:
-        stem = Path(path).stem
-        stems[stem] += 1
-        number = f"_{stems[stem]}" if stems[stem] > 1 else ""
-        targets.append(out / f"{stem}{number}_calibration.png")
+        stems = itertools.chain([Path(path).stem], (f"{Path(path).stem}_{number}" for number in itertools.count(2)))
+        names = (out / f"{stem}_calibration.png" for stem in stems)
+        targets.append(next(name for name in names if name not in targets))
     there = [str(target) for target in targets if target.exists()]
     if there and not overwrite:
         raise FileExistsError(f"{there[0]}: expected no picture there yet, found one. Name another --out, or use --overwrite.")
@@ -143,8 +141,11 @@ def _prediction(
     arguments: dict[str, Any] = head.arguments
     widths, depth = arguments["in_channels"], len(calibration.block_names)
     indices, origin = [(place + 1) * depth // len(widths) - 1 for place in range(len(widths))], "at even distances"
-    if out_indices is not None or "out_indices" in notes:
-        indices, origin = list(out_indices or notes["out_indices"]), "as named"
+    noted = notes.get("out_indices")
+    if out_indices is not None:
+        indices, origin = list(out_indices), "as named"
+    elif isinstance(noted, list) and all(type(index) is int for index in noted):
+        indices, origin = noted, "as noted in training"
     maps = FeatureMaps(calibration.backbone, indices, blocks=calibration.block_names)
     if maps.channels != widths:
         raise AdapterMismatchError(
