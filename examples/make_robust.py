@@ -92,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         "command": f"python examples/make_robust.py --data {args.data.name} --observe {args.observe} --seed {args.seed}",
         "backbone weights": vit.weights_source,
         "evaluation": f"images at {SIZE[0]} x {SIZE[1]}, IoU at the labels' own resolution; corruptions: {SPOT} images each",
+        **{key: trained[key] for key in ("note",) if key in trained},
     }
     vit.calibration.save_pretrained(args.out, head=head, training=training, base_model=HUB_ID)
     draw_in_fog(model, vit, args.picture, args.out / "thumbnail.jpg")
