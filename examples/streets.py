@@ -40,6 +40,7 @@ CLASSES = tuple(PALETTE)
 IGNORE = 255
 Pair = tuple[Image.Image, Image.Image]
 SIZE = (336, 448)  # (height, width) that whole images are given to a model at
+SPOT = 20  # images of a spot check
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -185,6 +186,33 @@ def evaluate(model: nn.Module, scenes: Iterable[Pair], size: tuple[int, int] = S
     ious = 100 * table.diag() / union.clamp_min(1)
     present = table.sum(1) > 0
     return Scores({name: ious[k].item() for k, name in enumerate(CLASSES) if present[k]})
+
+
+def score(model: nn.Module, places: Iterable[str]) -> dict[str, float]:
+    """Scores a model on splits of data sets, given as ROOT:SPLIT, and prints what it found.
+
+    Returns:
+        mIoU in percent, as a model card names it: by "NAME/SPLIT mIoU".
+    """
+    metrics = {}
+    for place in places:
+        root, split = place.rsplit(":", 1)
+        name = f"{Path(root).name}/{split}"
+        scores = evaluate(model, StreetScenes(root, split), title=name)
+        metrics[f"{name} mIoU"] = round(scores.miou, 2)
+        print(f"{name}: {scores}")
+    return metrics
+
+
+def some(scenes: StreetScenes, count: int) -> list[Pair]:
+    """So many of the scenes, spread evenly over them."""
+    return [scenes[index * len(scenes) // count] for index in range(min(count, len(scenes)))]
+
+
+def spot(model: nn.Module, place: str) -> dict[str, float]:
+    """A figure on a few scenes, which shows later that a loaded adapter is the one that was saved."""
+    few = some(StreetScenes(*place.rsplit(":", 1)), SPOT)
+    return {f"mIoU on {SPOT} validation images": round(evaluate(model, few, title="a few again").miou, 2)}
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from backbone import HUB_ID, load_dinov2_small
-from streets import CLASSES, IGNORE, SIZE, StreetScenes, TrainingCrops, evaluate, observed, save_bare_head, save_checkpoint
+from streets import CLASSES, IGNORE, SIZE, StreetScenes, TrainingCrops, observed, save_bare_head, save_checkpoint, score, spot
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -117,13 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
                 model[0](image)
     minutes = (time.perf_counter() - start) / 60
 
-    metrics = {}
-    for place in [args.val or f"{args.data}:val", *args.test]:
-        root, split = place.rsplit(":", 1)
-        name = f"{Path(root).name}/{split}"
-        scores = evaluate(model, StreetScenes(root, split), title=name)
-        metrics[f"{name} mIoU"] = round(scores.miou, 2)
-        print(f"{name}: {scores}")
+    val = args.val or f"{args.data}:val"
+    metrics = score(model, [val, *args.test])
     training = {
         "metrics": metrics,
         "datasets": [args.data.name],
@@ -131,8 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         "recipe": f"{args.steps} steps of {args.batch_size} crops of {args.size[0]} x {args.size[1]}, AdamW, "
         f"learning rate {args.lr:g} (head {args.head_lr:g}), seed {args.seed}"
         + ("" if args.bare else f", then statistics of {args.observe} whole images"),
+        "command": f"python examples/train_minimal.py --data {args.data.name} --steps {args.steps} "
+        f"--batch-size {args.batch_size} --size {args.size[0]} {args.size[1]} --lr {args.lr:g} --head-lr {args.head_lr:g} "
+        f"--seed {args.seed} " + ("--bare" if args.bare else f"--observe {args.observe}"),
         "backbone weights": vit.weights_source,
         "evaluation": "images at 336 x 448, IoU at the labels' own resolution",
+        **spot(model, val),
         "minutes": round(minutes, 1),
         **({"note": args.note} if args.note else {}),
     }

@@ -21,6 +21,7 @@ from mgfc.config import AdapterConfig
 from mgfc.distributed import process
 from mgfc.errors import AdapterMismatchError, CalibrationError
 from mgfc.storage import hub
+from mgfc.storage.card import name_repository
 from mgfc.storage.directory import save
 from mgfc.storage.loading import make_adapter
 
@@ -191,4 +192,5 @@ class Calibration(Attachment):
         card = {key: options.pop(key) for key in ("training", "base_model", "license") if key in options}
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, head=head, **card)
+            name_repository(Path(directory), repo_id)
             return hub.upload(Path(directory), repo_id, **options) if process()[0] == 0 else ""

@@ -1,22 +1,16 @@
-"""The command line: `mgfc info`, `mgfc check`, `mgfc show`, `mgfc convert-rein`."""
+"""The command line: `mgfc search`, `mgfc info`, `mgfc check`, `mgfc show`, `mgfc convert-rein`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mgfc._version import __version__
-from mgfc.adapter import GRANULARITIES
 from mgfc.errors import MGFCError
-
-if TYPE_CHECKING:
-    from mgfc.storage.snapshot import Files
 
 EXIT_CODES = "exit status: 0 if all is well; 1 if the adapter or the model is not, with the reason; 2 if the command is wrong"
 
@@ -42,7 +36,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mgfc", description="Calibrators for vision transformers.", epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"mgfc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    info = commands.add_parser("info", help="what an adapter is, for which backbone, and its figures", epilog=EXIT_CODES)
+    search = commands.add_parser("search", help="adapters on the Hugging Face Hub", epilog=EXIT_CODES)
+    search.add_argument("words", nargs="*", metavar="WORD", help="that the name contains")
+    search.add_argument("--base-model", metavar="ID", help="backbone: its Hub repository, or its name in timm")
+    search.add_argument("--limit", type=_count, default=30, metavar="N", help="list so many, by downloads (default: 30)")
+    search.set_defaults(run=_search)
+    info = commands.add_parser("info", help="what an adapter is, for which backbone, and how to load it", epilog=EXIT_CODES)
     info.add_argument("adapter", metavar="PATH_OR_REPO", help="directory or Hub repository of an adapter")
     info.add_argument("--revision", help="branch, tag or commit of the repository")
     info.set_defaults(run=_info)
@@ -65,61 +64,38 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint", metavar="IN.pth", help="with keys backbone.reins.*; read without running its code")
     convert.add_argument("directory", metavar="OUT", help="where the adapter goes; made if missing")
     convert.set_defaults(run=_convert)
-    for command in (info, check, show, convert):
+    for command in (search, info, check, show, convert):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from mgfc.storage.loading import locate
-    from mgfc.storage.snapshot import consistently
+    from mgfc.storage.info import describe, read_info
 
-    content = consistently(locate(args.adapter, revision=args.revision), _read_info)
-    return content | {"text": _describe_adapter(content)}
+    content = read_info(args.adapter, args.revision)
+    return content | {"text": describe(content)}
 
 
-def _read_info(find: Files) -> dict[str, Any]:
-    from mgfc.storage.format import CONFIG, HEAD, WEIGHTS, calibration_of, read_config
-    from mgfc.storage.tensors import read_header
+def _search(args: argparse.Namespace) -> dict[str, Any]:
+    from mgfc.storage.search import client, describe, search
 
-    content = read_config(find(CONFIG))
-    calibration_of(content, find(CONFIG))
-    names = [WEIGHTS, *([HEAD] if content.get("head") else [])]
-    headers = {name: read_header(find(name)) for name in names}
-    content["files"] = {
-        name: {"values": sum(math.prod(entry.shape) for entry in header.values()), "bytes": os.path.getsize(find(name))}
-        for name, header in headers.items()
+    words = " ".join(args.words)
+    # Names without an organisation are timm's, whose weights are on the Hub under its name.
+    base_model = args.base_model if args.base_model is None or "/" in args.base_model else f"timm/{args.base_model}"
+    found = search(words, base_model=base_model, limit=args.limit)
+    return {
+        "endpoint": client().endpoint,
+        "words": words,
+        "base_model": base_model,
+        "adapters": [asdict(listing) for listing in found],
+        "text": describe(found, words, base_model, args.limit),
     }
-    return content
-
-
-def _describe_adapter(content: dict[str, Any]) -> str:
-    backbone, calibration, training = content["backbone"], content["calibration"], content.get("training") or {}
-    patch = " x ".join(map(str, backbone["patch_size"] or ["unknown size"]))
-    weights = backbone.get("base_model") or "weights of unknown name"
-    lines = [
-        f"mgfc adapter, format {content['format_version']}, written by mgfc {content.get('mgfc_version')}",
-        f"backbone     {backbone.get('architecture')} ({backbone.get('library')}), {weights}",
-        f"             {backbone['depth']} blocks of width {backbone['embed_dim']}, patches of {patch}, "
-        f"{backbone['num_prefix_tokens']} prefix tokens",
-    ]
-    plain = {key: value for key, value in calibration.items() if key not in GRANULARITIES}
-    lines.append(f"calibrators  {content.get('method', 'mgfc')}: {_list(plain)}")
-    lines += [f"  {stage:<10} {_list(calibration[stage] or {})}" for stage in GRANULARITIES if stage in calibration]
-    if content.get("peft"):
-        lines.append("beside them  an adapter of PEFT's")
-    for name, file in content["files"].items():
-        lines.append(f"{name:<20} {file['values']:,} values, {file['bytes']:,} bytes")
-    lines += [f"{key}: {_list(value)}" for key, value in training.items()]
-    lines.append(f"licence: {content.get('license')}")
-    return "\n".join(lines)
-
-
-def _list(value: object) -> str:
-    """A value on one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items()) or "none"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _convert(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mgfc.adapter import STAGES, Adapter
 from mgfc.backbones.modes import evaluating
 from mgfc.blocks import BlockHooks, BlockReport
 from mgfc.calibrators import CalibLayer
+from mgfc.calibrators.running import statistics_in_words
 from mgfc.errors import CalibrationError
 from mgfc.images import ImageHook
 
@@ -96,7 +97,5 @@ def summary(block_names: Sequence[str], adapter: Adapter, num_backbone: int) -> 
     lines.append(f"{'shared':<{width}}  {shared:>10,}  ({'heads of the losses' if adapter.maps is None else 'linear layers'})")
     own = adapter.num_parameters
     lines.append(f"{own:,} parameters, {100 * own / num_backbone:.2f} % of the backbone's {num_backbone:,}")
-    if adapter.num_batches is not None:
-        origin = "gathered after training" if adapter.is_observed else "gathered during training"
-        lines.append(f"statistics of {adapter.num_batches} batches, {origin}")
-    return "\n".join(lines)
+    statistics = statistics_in_words(adapter.num_batches, adapter.is_observed)
+    return "\n".join(lines if statistics is None else [*lines, statistics])

@@ -25,10 +25,12 @@ from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 import yaml
 
+# What a listing may be asked to show of each model.
+SHOWN = ("cardData", "downloads", "gated", "library_name", "likes", "model-index", "pipeline_tag", "private", "sha", "tags")
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".npz")
 OWNER, STRANGER = "owner", "stranger"
 
@@ -65,6 +67,7 @@ class Commit:
 class Repo:
     private: bool = False
     gated: bool = False
+    downloads: int = 0
     branches: dict[str, list[Commit]] = field(default_factory=dict)
     tags: dict[str, Commit] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
@@ -81,6 +84,53 @@ class Repo:
             return self.branches[revision][-1]
         commit = self.tags.get(revision) or self.commits.get(revision)
         return commit or refuse(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def shown(self) -> dict[str, Any]:
+        """What a listing shows of a model, with the tags that the Hub derives from the card's header."""
+        card = self.at("main").files.get("README.md", Blob(b"", False)).data.decode()
+        header = front_matter(card) or {}
+        index = header.pop("model-index", None)
+        base_models, relation = _as_list(header.get("base_model")), header.get("base_model_relation", "finetune")
+        tags = [*_as_list(header.get("tags")), *_as_list(header.get("library_name"))]
+        tags += [f"dataset:{name}" for name in _as_list(header.get("datasets"))]
+        tags += [f"base_model:{name}" for name in base_models]
+        tags += [f"base_model:{relation}:{name}" for name in base_models]
+        tags += [f"license:{name}" for name in _as_list(header.get("license"))] + ["region:us"]
+        shown = {
+            "cardData": header,
+            "downloads": self.downloads,
+            "gated": "manual" if self.gated else False,
+            "library_name": header.get("library_name"),
+            "likes": 0,
+            "model-index": index,
+            "pipeline_tag": header.get("pipeline_tag"),
+            "private": self.private,
+            "sha": self.at("main").sha,
+            "tags": list(dict.fromkeys(tags)),
+        }
+        return {key: value for key, value in shown.items() if value is not None}
+
+
+def _as_list(value: Any) -> list[str]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def front_matter(card: str) -> dict[str, Any] | None:
+    """The header of a card; None if it has none.
+
+    Raises:
+        ValueError: if it is no YAML mapping.
+    """
+    found = re.match(r"---\r?\n(.*?)\r?\n---", card, re.DOTALL)
+    if not found:
+        return None
+    try:
+        header = yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(header, dict):
+        raise ValueError("the metadata is not a mapping")
+    return header
 
 
 @dataclass(frozen=True)
@@ -138,6 +188,7 @@ class HubServer:
     """
 
     token, stranger_token = "hf_owner", "hf_stranger"
+    page = 1000  # models in one answer of a listing
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -156,6 +207,7 @@ class HubServer:
             self.sleeps: list[float] = []
             self.bugs: list[str] = []
             self._faults: list[Fault] = []
+            self.page = type(self).page
         self.start()
 
     # What tests use
@@ -288,14 +340,12 @@ class HubServer:
 
     @route("POST", "/api/validate-yaml")
     def _validate_yaml(self, request: Request, body: bytes) -> Reply:
-        front = re.match(r"---\r?\n(.*?)\r?\n---", json.loads(body)["content"], re.DOTALL)
-        if not front:
-            return Reply(body={"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]})
         try:
-            assert isinstance(yaml.safe_load(front[1]), dict), "the metadata is not a mapping"
-        except (yaml.YAMLError, AssertionError) as error:
+            header = front_matter(json.loads(body)["content"])
+        except ValueError as error:
             return Reply(400, {"errors": [{"message": str(error)}], "warnings": []})
-        return Reply(body={"errors": [], "warnings": []})
+        missing = [{"message": "empty or missing yaml metadata in repo card"}] if header is None else []
+        return Reply(body={"errors": [], "warnings": missing})
 
     @route("POST", "/api/models/{repo}/preupload/{rev}")
     def _preupload(self, request: Request, body: bytes, repo: str, rev: str) -> Reply:
@@ -395,6 +445,31 @@ class HubServer:
 
         tags = listed("tags", {name: commit.sha for name, commit in target.tags.items()})
         return Reply(body={"branches": listed("heads", heads), "tags": tags, "converts": [], "pullRequests": []})
+
+    @route("GET", "/api/models")
+    def _models(self, request: Request, body: bytes) -> Reply:
+        """Those that have all tags and words that were asked for, page by page."""
+        user, query = self._user(request), parse_qs(request.query)
+        if unknown := set(query) - {"filter", "search", "sort", "limit", "expand", "cursor"}:
+            raise NotImplementedError(f"hub_server.py lists no models by {unknown}")
+        shown = query.get("expand") or [name for name in SHOWN if name not in ("cardData", "model-index")]
+        if unknown := set(shown) - set(SHOWN):
+            refuse(400, f"Invalid expand: {unknown}")
+        visible = {name: repo.shown() for name, repo in self.repos.items() if not repo.private or user == OWNER}
+        words = query.get("search", [""])[0].lower().split()
+        found = [
+            (name, item)
+            for name, item in visible.items()
+            if set(query.get("filter", [])) <= set(item["tags"]) and all(word in name.lower() for word in words)
+        ]
+        for key in query.get("sort", []):
+            found.sort(key=lambda pair: pair[1][key], reverse=True)
+        start = int(query.get("cursor", ["0"])[0])
+        stop = start + min(int(query.get("limit", [self.page])[0]), self.page)
+        following = {**{key: values for key, values in query.items() if key != "cursor"}, "cursor": [stop]}
+        link = f'<{self.endpoint}/api/models?{urlencode(following, doseq=True)}>; rel="next"'
+        page = [{"id": name, **{key: item[key] for key in shown if key in item}} for name, item in found[start:stop]]
+        return Reply(body=page, headers={"Link": link} if stop < len(found) else {})
 
     @route("GET", "/api/models/{repo}/revision/{rev}")
     @route("GET", "/api/models/{repo}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import save
 
-from mgfc import MGFCConfig, SegmentationHead, __version__, wrap_backbone
+from mgfc import MGFCConfig, SegmentationHead, __version__, load_head, wrap_backbone
 from mgfc.backbones.named import IMAGENET
 from mgfc.cli import main
 from mgfc.viz.files import as_tensor, read_image
@@ -25,10 +26,16 @@ from mgfc.viz.files import as_tensor, read_image
 Capture = pytest.CaptureFixture[str]
 
 
+def tiny() -> timm.models.VisionTransformer:
+    model: timm.models.VisionTransformer = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=3, num_heads=2
+    )
+    return model
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, depth=3, num_heads=2)
-    wrap_backbone(vit, MGFCConfig(rank=8, fine=None))
+    vit = wrap_backbone(tiny(), MGFCConfig(rank=8, fine=None))
     training = {"metrics": {"mIoU": 61.2}, "datasets": ["streets"], "steps": 3}
     vit.calibration.save_pretrained(tmp_path / "adapter", head=SegmentationHead([32], 5), training=training)
     return tmp_path / "adapter"
@@ -49,11 +56,48 @@ class TestInfo:
             "3 blocks of width 32, patches of 16 x 16, 1 prefix tokens",
             "mgfc: rank 8, layers all",
             "fine       none",
+            "statistics of no batch yet",
             "metrics: mIoU 61.2",
             "datasets: streets",
             "licence: apache-2.0",
         ):
             assert text in printed
+        path = json.dumps(str(adapter))
+        assert printed.endswith(f"    backbone = wrap_backbone(backbone, {path})\n    head = load_head({path})\n")
+
+    def test_the_code_that_it_prints_loads_the_adapter(self, adapter: Path, capsys: Capture) -> None:
+        _, found = as_json(capsys, "info", str(adapter))
+        names = {"backbone": tiny(), "wrap_backbone": wrap_backbone, "load_head": load_head}
+        exec("\n".join(found["load"]), names)
+        assert names["backbone"].calibration.config == MGFCConfig(rank=8, fine=None)
+        assert names["head"].classify.out_channels == 5
+
+    def test_a_revision(self, hub: HubServer, adapter: Path, capsys: Capture) -> None:
+        hub.put("org/a", {path.name: path.read_bytes() for path in adapter.iterdir()}, revision="dev")
+        _, found = as_json(capsys, "info", "org/a", "--revision", "dev")
+        assert found["load"][0] == 'backbone = wrap_backbone(backbone, "org/a", revision="dev")'
+
+    @pytest.mark.parametrize("afterwards", [True, False])
+    def test_when_statistics_were_gathered(self, tmp_path: Path, capsys: Capture, afterwards: bool) -> None:
+        vit = wrap_backbone(tiny(), MGFCConfig(rank=None))
+        with vit.calibration.observing() if afterwards else nullcontext():
+            vit.train(not afterwards)
+            for _ in range(3):
+                vit(torch.randn(2, 3, 32, 32))
+        vit.calibration.save_pretrained(tmp_path)
+        assert as_json(capsys, "info", str(tmp_path))[1]["statistics"] == {"batches": 3, "gathered_after_training": afterwards}
+        sentence = f"statistics of 3 batches, gathered {'after' if afterwards else 'during'} training"
+        assert main(["info", str(tmp_path)]) == 0
+        assert f"\n{sentence}\n" in capsys.readouterr().out
+        assert f"\n- {sentence}\n" in (tmp_path / "README.md").read_text()
+        assert vit.calibration.summary().endswith(f"\n{sentence}")
+
+    def test_notes_of_strangers_do_not_steer_the_terminal(self, tmp_path: Path, capsys: Capture) -> None:
+        tiny_adapter = wrap_backbone(tiny(), MGFCConfig(rank=8)).calibration
+        tiny_adapter.save_pretrained(tmp_path, training={"recipe\x1b[2J": "\x1b]0;title\x07 600 steps\nlicence: mine"})
+        assert main(["info", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+        assert "600 steps licence: mine\n" in printed and "\x1b" not in printed and "\x07" not in printed
 
     def test_json(self, adapter: Path, capsys: Capture) -> None:
         status, found = as_json(capsys, "info", str(adapter))

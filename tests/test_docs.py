@@ -97,12 +97,15 @@ def test_results_appear_with_the_adapter(tmp_path: Path) -> None:
         training = {
             "metrics": {"synth_town/val mIoU": 60.0, "camvid/day mIoU": miou},
             "recipe": "600 steps of 4 crops of 196 x 266, AdamW, learning rate 0.0003 (head 0.001), seed 0",
+            "command": f"python examples/train_minimal.py --steps 600 --of {name}",
             "minutes": 30.4,
         }
         (tmp_path / name / "config.json").write_text(json.dumps({"training": training}))
     text = generate.results(tmp_path)
     assert "| calibrators and head | 1,234 | 60.00 | 47.50 |  |" in text
-    assert "--steps 600 --batch-size 4 --size 196 266 --lr 0.0003 --head-lr 0.001 --seed 0" in text
+    for name in ("bare_head", "adapter"):
+        command = f"python examples/train_minimal.py --steps 600 --of {name}"
+        assert f"{command} \\\n  --test camvid:day camvid:dusk --out runs/{name}\n" in text
     training["recipe"] = training["recipe"].replace("600", "700")
     (tmp_path / "adapter" / "config.json").write_text(json.dumps({"training": training}))
     with pytest.raises(ValueError, match="trained differently"):
@@ -165,6 +168,28 @@ def test_the_commands_of_the_readme_can_be_extracted(name: str, command: str) ->
     assert found.endswith(command)
     assert f'pip install -e ".[{name}]"' in found
     assert re.search(rf"^{name} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+
+def test_the_short_training_command_needs_nothing_beside_the_repository() -> None:
+    import train_minimal
+
+    readme = (ROOT / "README.md").read_text()
+    (found,) = re.findall(r"<!-- short training command -->\n```bash\npython (\S+) (.*)\n```\n<!-- end -->", readme)
+    assert (ROOT / found[0]).samefile(train_minimal.__file__)
+    args = train_minimal.parse_arguments(found[1].split())
+    assert args.data == Path("synth_town") and args.backbone is None and args.test == []
+    # 60 steps, 40 images observed and 120 scored took 160 seconds of processor time on an AMD EPYC.
+    assert args.steps <= 60 and args.batch_size <= 4 and args.observe <= 40 and args.size[0] * args.size[1] <= 140 * 196
+
+
+def test_the_page_of_the_command_line_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    from mgfc.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    ([a-z-]+)(?: |$)", capsys.readouterr().out, re.MULTILINE)
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    assert len(commands) >= 4 and set(re.findall(r"^\| `mgfc ([a-z-]+)", page, re.MULTILINE)) == set(commands)
 
 
 def test_citation_and_changelog_name_this_version() -> None:

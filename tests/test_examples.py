@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+
+from mgfc import FeatureMaps, load_head, wrap_backbone
 
 pytest.importorskip("transformers")
 
@@ -23,6 +27,7 @@ sys.path.append(str(EXAMPLES))
 
 import backbone  # noqa: E402
 import domain_adapters  # noqa: E402
+import make_robust  # noqa: E402
 import segment  # noqa: E402
 import streets  # noqa: E402
 import train_minimal  # noqa: E402
@@ -67,10 +72,12 @@ Shared = Callable[[str], Path]
 
 @pytest.fixture
 def train(tiny_backbone: Path, tiny_scenes: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    def small_evaluate(*args: object, **options: object) -> streets.Scores:
-        return streets.evaluate(*args, size=(28, 42), **options)  # type: ignore[arg-type]
+    evaluate = streets.evaluate
 
-    for script in (train_minimal, domain_adapters):
+    def small_evaluate(*args: object, **options: object) -> streets.Scores:
+        return evaluate(*args, size=(28, 42), **options)  # type: ignore[arg-type]
+
+    for script in (streets, domain_adapters):
         monkeypatch.setattr(script, "evaluate", small_evaluate)
 
     def run(out: Path, *options: str) -> dict[str, float]:
@@ -85,8 +92,6 @@ def weights(directory: Path) -> dict[str, bytes]:
 
 
 def test_training_writes_an_adapter_that_loads(train: Train, tiny_backbone: Path, tiny_scenes: Path, tmp_path: Path) -> None:
-    from mgfc import load_head, wrap_backbone
-
     metrics = train(tmp_path / "adapter", "--test", f"{tiny_scenes}:train")
     assert set(metrics) == {f"{tiny_scenes.name}/val mIoU", f"{tiny_scenes.name}/train mIoU"}
     vit = wrap_backbone(backbone.load_dinov2_small(tiny_backbone), tmp_path / "adapter")
@@ -318,9 +323,57 @@ def test_a_missing_adapter_is_an_error_in_words(capsys: pytest.CaptureFixture[st
     assert "none" in capsys.readouterr().err
 
 
-def test_the_committed_adapter_is_small() -> None:
-    sizes = [path.stat().st_size for path in (EXAMPLES / "adapter").glob("*.safetensors")]
-    assert len(sizes) == 2 and sum(sizes) <= 4_000_000
+@pytest.mark.parametrize(("name", "limit"), [("adapter", 4_000_000), ("robust", 1_200_000)])
+def test_the_committed_adapters_are_small(name: str, limit: int) -> None:
+    sizes = [path.stat().st_size for path in (EXAMPLES / name).glob("*.safetensors")]
+    assert len(sizes) == 2 and sum(sizes) <= limit
+
+
+def committed(name: str, real_backbone: list[str]) -> tuple[nn.Module, nn.Sequential, dict[str, Any]]:
+    """A committed adapter on the real backbone, with its head, and its training notes."""
+    vit = wrap_backbone(backbone.load_dinov2_small(*real_backbone[1:]), EXAMPLES / name)
+    model = nn.Sequential(FeatureMaps(vit, out_indices=(2, 5, 8, 11)), load_head(EXAMPLES / name))
+    notes = json.loads((EXAMPLES / name / "config.json").read_text())["training"]
+    assert notes["command"] in (EXAMPLES / name / "README.md").read_text()
+    return vit, model, notes
+
+
+def test_the_committed_adapter_has_the_figure_that_its_card_states(real_backbone: list[str]) -> None:
+    vit, model, notes = committed("adapter", real_backbone)
+    scenes = streets.some(streets.StreetScenes("synth_town", "val"), streets.SPOT)
+    stated = notes[f"mIoU on {streets.SPOT} validation images"]
+    assert streets.evaluate(model, scenes).miou == pytest.approx(stated, abs=0.5)
+    with vit.calibration.disabled():
+        assert streets.evaluate(model, scenes[:4]).miou < stated - 5, "without its calibrators the head is lost"
+
+
+def test_the_committed_statistics_have_the_figures_that_their_card_states(real_backbone: list[str]) -> None:
+    vit, model, notes = committed("robust", real_backbone)
+    assert vit.calibration.num_parameters == 0
+    scenes = dict(make_robust.conditions(streets.StreetScenes("synth_town", "val")))[", fog"]
+    name = "synth_town/val, fog mIoU"
+    before = dict(line.rsplit(" ", 1) for line in notes["without calibration"].split("; "))
+    assert streets.evaluate(model, scenes).miou == pytest.approx(notes["metrics"][name], abs=0.5)
+    with vit.calibration.disabled():
+        assert streets.evaluate(model, scenes).miou == pytest.approx(float(before[name]), abs=0.5)
+    assert notes["metrics"][name] > float(before[name]) + 1
+
+
+def test_a_trained_model_is_made_robust(
+    train: Train, tiny_backbone: Path, tiny_scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "bare", "--bare")
+    places = ["--data", str(tiny_scenes), "--backbone", str(tiny_backbone), "--head", str(tmp_path / "bare")]
+    monkeypatch.setattr(make_robust, "evaluate", streets.evaluate)  # the small one of `train`
+    metrics = make_robust.main([*places, "--out", str(tmp_path / "robust"), "--observe", "3"])
+    place = f"{tiny_scenes.name}/val"
+    assert list(metrics)[:2] == [f"{place} mIoU", f"{place}, fog mIoU"] and len(metrics) == 9
+    vit = wrap_backbone(backbone.load_dinov2_small(tiny_backbone), tmp_path / "robust")
+    assert vit.calibration.num_batches == 3 and vit.calibration.adapter.is_observed and vit.calibration.num_parameters == 0
+    heads = [streets.load_bare_head(tmp_path / "bare"), load_head(tmp_path / "robust")]
+    assert all(torch.equal(one, two) for one, two in zip(*(head.state_dict().values() for head in heads), strict=True))
+    with Image.open(tmp_path / "robust" / "thumbnail.jpg") as picture:
+        assert picture.width > 3 * 480
 
 
 @pytest.mark.hosts

@@ -238,7 +238,8 @@ def test_the_card_is_valid_and_tells_the_numbers(logged_in: HubServer) -> None:
 def test_the_card_of_a_head_says_how_to_load_it(logged_in: HubServer) -> None:
     calibrated(tiny_vit()).push_to_hub(REPO, head=SegmentationHead([32], 5, hidden_dim=8))
     text = ModelCard.load(REPO).text
-    assert 'head = load_head("organisation/name")' in text and "from mgfc import load_head, wrap_backbone" in text
+    assert f'backbone = wrap_backbone(backbone, "{REPO}")' in text and f'head = load_head("{REPO}")' in text
+    assert "organisation/name" not in text and "from mgfc import load_head, wrap_backbone" in text
     assert "## Figures" not in text
 
 

@@ -17,6 +17,18 @@ def is_recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def statistics_in_words(num_batches: int | None, is_observed: bool) -> str | None:
+    """How many batches running statistics are of, and when they were gathered; None if there are none.
+
+    Args:
+        num_batches: in them; None for calibrators without any.
+        is_observed: whether they were gathered after training, in one pass over the source.
+    """
+    if not num_batches:
+        return None if num_batches is None else "statistics of no batch yet"
+    return f"statistics of {num_batches} batches, gathered {'after' if is_observed else 'during'} training"
+
+
 @contextmanager
 def as_one_batch(module: nn.Module) -> Iterator[None]:
     """Within it, the images of a batch may pass one by one: running means are updated by all of them at the end."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mgfc.storage.format import CARD
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 CARD_MARK = "<!-- Written by mgfc and written anew with each save. Remove this line to keep your own edits. -->"
 TASK = "image-segmentation"
+_SOMEWHERE = "organisation/name"
 _MIOU = re.compile(r"\bm(?:ean )?_?iou\b", re.IGNORECASE)
 
 
@@ -20,12 +24,13 @@ def is_edited_card(card: Path) -> bool:
     return CARD_MARK not in card.read_text(encoding="utf-8", errors="replace")
 
 
-def model_card(content: Mapping[str, Any], num_parameters: int) -> str:
+def model_card(content: Mapping[str, Any], num_parameters: int, statistics: str | None) -> str:
     """The model card of an adapter.
 
     Args:
         content: of its `config.json`.
         num_parameters: that can be trained.
+        statistics: of what they are and when they were gathered, in words; None if there are none.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -43,7 +48,29 @@ def model_card(content: Mapping[str, Any], num_parameters: int) -> str:
         model_name=name,
         eval_results=_results(training) or None,
     )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n# {name}\n\n{_text(content, num_parameters)}"))
+    return str(
+        ModelCard(f"---\n{data.to_yaml()}\n---\n{CARD_MARK}\n\n# {name}\n\n{_text(content, num_parameters, statistics)}")
+    )
+
+
+def name_repository(directory: Path, repo_id: str) -> None:
+    """Puts the name of a Hub repository into the code of a directory's card, which was generated before there was one."""
+    card = directory / CARD
+    if card.exists() and not is_edited_card(card):
+        card.write_text(card.read_text(encoding="utf-8").replace(_SOMEWHERE, repo_id), encoding="utf-8")
+
+
+def loading_code(source: str, *, head: bool, revision: str | None = None) -> list[str]:
+    """The lines of Python that load an adapter, and the head beside it.
+
+    Args:
+        source: its directory or Hub repository.
+        head: whether there is a head.
+        revision: branch, tag or commit of the repository.
+    """
+    arguments = ", ".join([json.dumps(source), *([] if revision is None else [f"revision={json.dumps(revision)}"])])
+    lines = [f"backbone = wrap_backbone(backbone, {arguments})"]
+    return [*lines, f"head = load_head({arguments})"] if head else lines
 
 
 def _results(training: Mapping[str, Any]) -> list[EvalResult]:
@@ -74,7 +101,7 @@ def _identifier(text: str) -> str:
     return re.sub(r"[^a-z0-9_/.-]+", "-", text.lower()).strip("-") or "unknown"
 
 
-def _text(content: Mapping[str, Any], num_parameters: int) -> str:
+def _text(content: Mapping[str, Any], num_parameters: int, statistics: str | None) -> str:
     """What a reader sees below the title."""
     backbone, training = content["backbone"], content["training"]
     lines = [
@@ -89,8 +116,7 @@ def _text(content: Mapping[str, Any], num_parameters: int) -> str:
         "```python",
         "from mgfc import load_head, wrap_backbone" if content["head"] else "from mgfc import wrap_backbone",
         "",
-        'backbone = wrap_backbone(backbone, "organisation/name")  # or a local directory',
-        *(['head = load_head("organisation/name")'] if content["head"] else []),
+        *loading_code(_SOMEWHERE, head=bool(content["head"])),
         "```",
         "",
     ]
@@ -98,8 +124,9 @@ def _text(content: Mapping[str, Any], num_parameters: int) -> str:
         lines += ["## Figures", "", "| measured | value |", "|---|---|"]
         lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in training["metrics"].items()] + [""]
     notes = {key: value for key, value in training.items() if key not in ("metrics", "datasets")}
-    if notes:
-        lines += ["## Training", "", *(f"- {_cell(key)}: {_cell(value)}" for key, value in notes.items()), ""]
+    listed = [*(f"{_cell(key)}: {_cell(value)}" for key, value in notes.items()), *([statistics] if statistics else [])]
+    if listed:
+        lines += ["## Training", "", *(f"- {line}" for line in listed), ""]
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mgfc.adapter import Adapter
 from mgfc.backbones.description import describe
 from mgfc.backbones.detection import Tower
+from mgfc.calibrators.running import statistics_in_words
 from mgfc.distributed import gathered, process
 from mgfc.storage.card import is_edited_card, model_card
 from mgfc.storage.format import CARD, CONFIG, HEAD, WEIGHTS, check_notes, describe_adapter, encode_config
@@ -109,7 +110,8 @@ def write(
     files = {name: _encode(value, name) for name, value in names.items()}
     sums = {name: checksum_of(data) for name, data in files.items() if data is not None}
     files[CONFIG] = encode_config(dict(content) | {"checksums": sums})
-    files[CARD] = model_card(content, adapter.num_parameters).encode("utf-8", "backslashreplace")
+    statistics = statistics_in_words(adapter.num_batches, adapter.is_observed)
+    files[CARD] = model_card(content, adapter.num_parameters, statistics).encode("utf-8", "backslashreplace")
     if process()[0] == 0:
         with named_in_our_words(directory, "written"):
             _write_together(directory, files)

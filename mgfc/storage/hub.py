@@ -66,7 +66,7 @@ def _download(repo_id: str, name: str, *, local_files_only: bool = False, **opti
 
     try:
         return Path(hf_hub_download(repo_id, name, local_files_only=local_files_only, library_name="mgfc", **options))
-    except (OSError, _connection_error(), ValueError) as error:
+    except (OSError, connection_error(), ValueError) as error:
         if not local_files_only and _is_interruption(error):
             options.pop("force_download", None)
             try:
@@ -80,10 +80,10 @@ def _is_interruption(error: Exception) -> bool:
     """Whether the network broke off, as opposed to an answer of the Hub or of the local cache."""
     from huggingface_hub import errors
 
-    return isinstance(error, _connection_error()) and not isinstance(error, errors.HfHubHTTPError)
+    return isinstance(error, connection_error()) and not isinstance(error, errors.HfHubHTTPError)
 
 
-def _connection_error() -> type[Exception]:
+def connection_error() -> type[Exception]:
     """The HTTP library's base error, which the client lets through where a connection breaks."""
     from huggingface_hub import errors
 
@@ -163,7 +163,7 @@ def upload(
         )
     except AdapterFileError:
         raise
-    except (OSError, _connection_error(), ValueError) as error:
+    except (OSError, connection_error(), ValueError) as error:
         raise AdapterNotFoundError(
             f"{repo_id} could not be uploaded ({type(error).__name__}: {error}). Check the name, log in with a token that "
             "may write (`hf auth login`), and try again; nothing was lost locally."

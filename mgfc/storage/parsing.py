@@ -45,6 +45,11 @@ def shorten(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[: limit - 20]}... ({len(text):,} characters)"
 
 
+def printable(text: str) -> str:
+    """A line of text that a stranger wrote, without the characters that steer a terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """A small file.
 
