@@ -69,6 +69,7 @@ class Adapter(nn.Module):
             self._build(config, indices, widths)
             if config.coarse is not None and in_channels is not None:
                 self.coarse = CoarseCalib(in_channels, config.coarse.strength, config.coarse.randomise)
+        self._parts = [part for part in self.modules() if part._parameters or part._buffers]
 
     def _build_rein(self, config: ReinConfig, indices: tuple[int, ...], widths: Sequence[BlockWidths]) -> None:
         dims = {widths[i].dim for i in indices}
@@ -101,6 +102,11 @@ class Adapter(nn.Module):
     def num_parameters(self) -> int:
         """Trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers, as quickly as every forward needs them."""
+        own = [tensor for part in self._parts for tensor in (*part._parameters.values(), *part._buffers.values())]
+        return [tensor for tensor in own if tensor is not None]
 
     @property
     def num_batches(self) -> int | None:

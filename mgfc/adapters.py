@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from mgfc.adapter import Adapter, average
@@ -24,18 +23,17 @@ class Adapters(nn.Module):
     Args:
         name: of the first adapter, which is active.
         adapter: the first one.
-        reference: the backbone, whose device the adapters take.
 
     Attributes:
         active: the active adapter, as the hooks are handed it.
         active_adapter: its name.
     """
 
-    def __init__(self, name: str, adapter: Adapter, reference: nn.Module) -> None:
+    def __init__(self, name: str, adapter: Adapter) -> None:
         super().__init__()
         self.active = Active(adapter)
         self.active_adapter = name
-        self._put(name, adapter, reference)
+        self._put(name, adapter)
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -122,7 +120,7 @@ class Adapters(nn.Module):
             self._check_known(known)
         self._check_new(name)
         merged = average([self.adapters[known] for known in names], [1.0] * len(names) if weights is None else weights)
-        self._put(name, merged, self.adapter)
+        self._put(name, merged)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -150,13 +148,7 @@ class Adapters(nn.Module):
         finally:
             self.enabled = before
 
-    def _put(self, name: str, adapter: Adapter, reference: nn.Module) -> None:
-        """Registers an adapter, on the device of a module, and in float32 where that is of half precision."""
-        like = next((p for p in reference.parameters() if p.is_floating_point()), None)
-        if like is not None:
-            place = like.device, torch.promote_types(like.dtype, torch.float32)
-            if any((p.device, p.dtype) != place for p in (*adapter.parameters(), *adapter.buffers())):
-                adapter.to(*place)
+    def _put(self, name: str, adapter: Adapter) -> None:
         adapter.train(self.training)
         self.add_module(_PREFIX + name, adapter)
         if name != self.active_adapter:

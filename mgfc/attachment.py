@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from mgfc import fusing, peft
+from mgfc import fusing, peft, placement
 from mgfc.adapter import Adapter
 from mgfc.adapters import Adapters
 from mgfc.backbones.description import is_hierarchical, max_extra_tokens, token_orders
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.freezing import Frozen
 from mgfc.backbones.grid import GridTracker, stem_hooks
+from mgfc.backbones.stem import image_entry
 from mgfc.backbones.tuners import tuner_layers, tuner_parameters
 from mgfc.blocks import BlockHooks
 from mgfc.errors import CalibrationError
@@ -41,7 +43,10 @@ class Attachment(Adapters):
     """
 
     def __init__(self, tower: Tower, adapter: Adapter, name: str = "default") -> None:
-        super().__init__(name, adapter, tower.root)
+        values = placement.place(adapter, tower)
+        super().__init__(name, adapter)
+        self._values = {name: values}
+        self._spare: dict[str, dict[str, Tensor]] = {}
         self.block_names = tower.blocks
         self._tracker = GridTracker(max_extra_tokens(tower), is_hierarchical(tower))
         orders = enumerate(zip(tower.blocks, token_orders(tower), strict=True))
@@ -52,6 +57,7 @@ class Attachment(Adapters):
         self._fused: list[tuple[nn.Parameter, Tensor]] = []
         self.has_peft = False
         self.peft_guard: nn.Module | None = None
+        self.register_load_state_dict_post_hook(_settle_loaded)  # type: ignore[no-untyped-call]
         self.train(tower.root.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
@@ -94,7 +100,9 @@ class Attachment(Adapters):
             peft.inject(tower.root, *tuner)
             self.has_peft = True
         self.__dict__["_backbone"] = tower.root
-        self._handles = stem_hooks(tower.root, tower.blocks, self._tracker) + self.images.attach(tower)
+        entry = image_entry(tower) or tower.modules()[0]
+        self._handles = [entry.register_forward_pre_hook(self._prepare)]
+        self._handles += stem_hooks(tower.root, tower.blocks, self._tracker) + self.images.attach(tower)
         # Also on blocks that the active adapter leaves out: hooks added after torch.compile are ignored.
         for hooks in self.blocks:
             self._handles += hooks.attach(tower.root)
@@ -128,8 +136,10 @@ class Attachment(Adapters):
             UserWarning: if PEFT, imported after the calibrators were attached, froze them.
         """
         super().train(mode)
+        if "_backbone" in self.__dict__:
+            self.settle()
         if self._frozen is not None:
-            self._frozen.hold()
+            self._frozen.hold(self.backbone)
         if self.peft_guard is None:
             if mode and "_backbone" in self.__dict__ and peft.froze(self.adapter.parameters(), self.backbone):
                 warnings.warn(
@@ -138,6 +148,38 @@ class Attachment(Adapters):
                     stacklevel=2,
                 )
             self.peft_guard = peft.guard()
+        return self
+
+    def put(self, name: str, adapter: Adapter) -> None:
+        """Registers an adapter beside the others, on the devices of the backbone."""
+        self._values[name] = placement.place(adapter, self.tower)
+        self._put(name, adapter)
+
+    def settle(self) -> None:
+        """Sees to it that calibrators have values and lie where their blocks compute, whatever was done to the model.
+
+        Raises:
+            CalibrationError: if values are lost.
+        """
+        for name, adapter in self.adapters.items():
+            values, spare = self._values.setdefault(name, {}), self._spare.setdefault(name, {})
+            had_none = bool(values)
+            if had_none or placement.lacks_values(adapter):
+                placement.settle(adapter, self.tower, values, spare)
+            if had_none and not values:
+                adapter.requires_grad_(name == self.active_adapter)  # whoever read a file made new parameters
+
+    def _prepare(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before images enter the backbone."""
+        if not torch.compiler.is_compiling():
+            self.settle()
+            self._spare.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Attachment:
+        lacking = [name for name, adapter in self.adapters.items() if placement.lacks_values(adapter)]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in lacking:  # as `to_empty` makes places for tensors
+            placement.fill(self.adapters[name], self._values.get(name, {}))
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -175,3 +217,9 @@ class Attachment(Adapters):
         finally:
             if not before:
                 self.unfuse()
+
+
+def _settle_loaded(calibration: nn.Module, incompatible: Any) -> None:
+    """After a state dict, which may have brought values to a model that had none."""
+    if isinstance(calibration, Attachment) and "_backbone" in calibration.__dict__:
+        calibration.settle()

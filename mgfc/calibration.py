@@ -62,7 +62,7 @@ class Calibration(Attachment):
                 f"{adapter}: expected calibrators alone, found an adapter of PEFT's beside them, which all adapters would "
                 "share. Load it with wrap_backbone."
             )
-        self._put(name, built, self.backbone)
+        self.put(name, built)
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -164,6 +164,7 @@ class Calibration(Attachment):
 
     def summary(self) -> str:
         """A table of trainable parameters per block and granularity, their share of the backbone, and batches seen."""
+        self.settle()
         num_backbone = sum(p.numel() for p in self.backbone.parameters()) - sum(p.numel() for p in self.parameters())
         return reports.summary(self.block_names, self.adapter, num_backbone)
 
@@ -175,6 +176,7 @@ class Calibration(Attachment):
             head: a segmentation head to keep beside the adapter.
             **card: `training`, `base_model` and `license`, as in `mgfc.storage.directory.save`, which tells the rest.
         """
+        self.settle()
         save(directory, self.tower, self.adapter, head=head, with_peft=self.has_peft, **card)
 
     def push_to_hub(self, repo_id: str, *, head: nn.Module | None = None, **options: Any) -> str:

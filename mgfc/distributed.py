@@ -1,4 +1,4 @@
-"""What little the library needs to know of `torch.distributed` and of DeepSpeed."""
+"""What little the library needs to know of `torch.distributed`, of DeepSpeed and of accelerate."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def gathered(*modules: nn.Module | None) -> AbstractContextManager[None]:
     from deepspeed import zero
 
     context: AbstractContextManager[None] = zero.GatheredParameters(parameters)
+    return context
+
+
+def at_hand(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it, tensors of a module's own that accelerate keeps elsewhere are there."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    context: AbstractContextManager[None] = align_module_device(module)
     return context
 
 

@@ -63,6 +63,8 @@ def _require_plain(root: nn.Module, name: str, linear: Any) -> None:
     problem = None
     if id(linear) in wrapped:
         problem = "an adapter of PEFT's sits on it, too. Merge that one first (merge_and_unload)"
+    elif weight.is_meta:
+        problem = "it is offloaded or has no values. Leave it unfused"
     elif type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.numel() != _size(linear):
         problem = f"its weight is {type(weight).__name__} of {weight.dtype}: quantised or sharded. Leave it unfused"
     if problem is not None:

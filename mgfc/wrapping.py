@@ -82,6 +82,11 @@ def wrap_backbone(
             if tuner is not None:
                 raise ConfigError(f"peft_config: {adapter} has an adapter of PEFT's of its own. Leave peft_config out.")
             tuner = peft_config, None
+        if tuner is not None and any(parameter.is_meta for parameter in tower.root.parameters()):
+            raise UnsupportedBackboneError(
+                "peft_config: an adapter of PEFT's needs a backbone whose weights have values, found them on the meta device, "
+                "on which Transformers' from_pretrained builds models and accelerate leaves offloaded ones. Wrap afterwards."
+            )
         Calibration(tower, built).attach(tower, tuner, freeze=freeze)
     return backbone
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("calibration",),
     ("attachment", "reports", "storage"),
     ("adapters", "fusing", "images"),
-    ("blocks", "peft"),
+    ("blocks", "peft", "placement"),
     ("adapter",),
     ("layers",),
     ("features", "heads", "losses", "config"),

@@ -15,7 +15,7 @@ from mgfc.backbones.detection import Tower
 from mgfc.backbones.exceptions import TRAILING
 from mgfc.backbones.layout import MaskUnitOrder, Order, RasterOrder, WindowOrder
 from mgfc.backbones.tuners import own_modules
-from mgfc.distributed import whole
+from mgfc.distributed import at_hand, whole
 from mgfc.errors import UnsupportedBackboneError
 
 _FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|intermediate|^output|fc\d|swiglu", re.IGNORECASE)
@@ -175,18 +175,22 @@ def patch_size(tower: Tower) -> tuple[int, int] | None:
 
 
 @torch.no_grad()
-def fingerprint(tower: Tower) -> list[float]:
+def fingerprint(tower: Tower) -> list[float] | None:
     """One number a block that tells a backbone's weights: the norm of every 32nd row of its last linear layer.
 
-    The same for every library's form of the same weights, and nearly so in another precision.
+    The same for every library's form of the same weights, and nearly so in another precision. None while these have no
+    values.
     """
     norms = []
     for block in tower.modules():
         module: Any = output_linear(block)
-        weight = whole(module.weight.detach())
-        if weight.is_quantized or type(weight).__module__.startswith("torchao"):
-            weight = weight.dequantize()
-        norms.append(float(weight[::32].float().norm()))
+        with at_hand(module):
+            weight = whole(module.weight.detach())
+            if weight.is_meta:
+                return None
+            if weight.is_quantized or type(weight).__module__.startswith("torchao"):
+                weight = weight.dequantize()
+            norms.append(float(weight[::32].float().norm()))
     return [float(f"{norm:.6g}") for norm in norms]
 
 

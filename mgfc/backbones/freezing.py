@@ -21,14 +21,20 @@ class Frozen:
         self.names = {own_name(name) for name in frozen}  # PEFT may be gone when they are given back
         for parameter in frozen.values():
             parameter.requires_grad_(False)
+        self._has_meta = any(parameter.is_meta for parameter in frozen.values())
         self.norms = [module for module in root.modules() if isinstance(module, _BatchNorm)]
         self.in_training = [norm for norm in self.norms if norm.training or not root.training]
-        self.hold()
+        self.hold(root)
 
-    def hold(self) -> None:
-        """Puts BatchNorm layers into eval mode, after the mode of the model was set."""
+    def hold(self, root: nn.Module) -> None:
+        """After the mode of the model was set, puts BatchNorm layers into eval mode, and freezes weights that came later."""
         for norm in self.norms:
             norm.eval()
+        if self._has_meta:
+            weights = [p for name, p in root.named_parameters() if own_name(name) in self.names]
+            for parameter in weights:
+                parameter.requires_grad_(False)
+            self._has_meta = any(parameter.is_meta for parameter in weights)
 
     def release(self, root: nn.Module, *, parameters: bool) -> None:
         """Gives BatchNorm layers the backbone's mode and, if asked to, the parameters their `requires_grad` flags back."""

@@ -17,6 +17,7 @@ from mgfc.backbones.detection import Tower
 from mgfc.config import AdapterConfig, MGFCConfig
 from mgfc.errors import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, ConfigError
 from mgfc.heads import SegmentationHead
+from mgfc.placement import off_meta
 from mgfc.storage.format import CONFIG, HEAD, MUST_MATCH, WEIGHTS, calibration_of, read_config
 from mgfc.storage.legacy import is_new_since, upgrade_names, upgrade_tensors, warn_of_format
 from mgfc.storage.matching import adapter_for, compare_head, compare_sizes, compare_state, fill, require_finite
@@ -66,13 +67,14 @@ def make_adapter(tower: Tower, source: AdapterConfig | Source | None, **hub_opti
         ConfigError: if the configuration does not fit the backbone, or `source` is of another type.
         AdapterNotFoundError, AdapterFileError, AdapterMismatchError: as in `read` and `build`.
     """
-    if source is None or isinstance(source, AdapterConfig):
-        return adapter_for(tower, source or MGFCConfig()), None
-    if isinstance(source, (str, os.PathLike)):
-        checkpoint = find_checkpoint(source)
-        if checkpoint is not None:
-            return read_calibrators(checkpoint, tower), None
-        return consistently(locate(source, **hub_options), lambda files: read(os.fspath(source), files, tower))
+    with off_meta():
+        if source is None or isinstance(source, AdapterConfig):
+            return adapter_for(tower, source or MGFCConfig()), None
+        if isinstance(source, (str, os.PathLike)):
+            checkpoint = find_checkpoint(source)
+            if checkpoint is not None:
+                return read_calibrators(checkpoint, tower), None
+            return consistently(locate(source, **hub_options), lambda files: read(os.fspath(source), files, tower))
     raise ConfigError(f"adapter: expected an MGFCConfig, a directory or a Hub id, found {type(source).__name__}.")
 
 
@@ -176,9 +178,14 @@ def _compare_backbones(source: str, expected: Mapping[str, Any], found: Mapping[
         )
 
 
-def _compare_fingerprints(source: str, backbone: Mapping[str, Any], found: list[float]) -> None:
+def _compare_fingerprints(source: str, backbone: Mapping[str, Any], found: list[float] | None) -> None:
     expected = backbone.get("fingerprint")
-    if not isinstance(expected, list) or len(expected) != len(found) or not all(isinstance(x, (int, float)) for x in expected):
+    if (
+        found is None
+        or not isinstance(expected, list)
+        or len(expected) != len(found)
+        or not all(isinstance(x, (int, float)) for x in expected)
+    ):
         return
     apart = [abs(a - b) > _FINGERPRINT_TOLERANCE * max(abs(a), 1e-12) for a, b in zip(expected, found, strict=True)]
     if any(apart):
