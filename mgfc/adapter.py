@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from mgfc.calibrators.low_rank import LowRank
 from mgfc.calibrators.rein import ReinShared
 from mgfc.calibrators.running import RunningMean, is_recomputing
 from mgfc.config import AdapterConfig, FineConfig, MediumConfig, MGFCConfig, ReinConfig
-from mgfc.distributed import whole
+from mgfc.distributed import is_replica, whole
 from mgfc.errors import CalibrationError, ConfigError
 from mgfc.layers import select_layers
 from mgfc.losses import check_labels, coarse_loss, fine_loss, label_boundaries, label_mix, medium_loss
@@ -151,6 +150,11 @@ class Adapter(nn.Module):
         """
         if not (self.training and torch.is_grad_enabled() and self.config.loss_weights):
             return None
+        if is_replica(self):
+            raise CalibrationError(
+                "nn.DataParallel: expected a configuration without losses, whose tensors copies of a model cannot hand back. "
+                "Use DistributedDataParallel."
+            )
         return {} if is_recomputing() else self._records.setdefault(index, {})
 
     def losses(self, labels: Tensor, ignore_index: int = 255) -> dict[str, Tensor]:
@@ -211,36 +215,3 @@ def _build_layers(config: MGFCConfig, indices: tuple[int, ...], widths: Sequence
             FineCalib(dim, fine.kernel_size) if fine and index in in_fine else None,
         )
     return layers
-
-
-@torch.no_grad()
-def average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """A new adapter whose parameters and statistics are weighted means of the given ones'.
-
-    Args:
-        adapters: of one configuration, for one backbone.
-        weights: one for each, divided by their sum.
-
-    Raises:
-        ConfigError: if the configurations differ, or the weights do not fit.
-    """
-    if len(weights) != len(adapters) or not weights or not sum(weights) > 0 or min(weights) < 0:
-        raise ConfigError(
-            f"weights: expected {len(adapters)} numbers of at least 0 whose sum is above 0, found {list(weights)}."
-        )
-    first = adapters[0]
-    for other in adapters[1:]:
-        if other.config != first.config:
-            raise ConfigError(
-                f"Adapters of different configurations cannot be averaged: expected {first.config}, found {other.config}."
-            )
-    states = [adapter.state_dict() for adapter in adapters]
-    shares = [weight / sum(weights) for weight in weights]
-    merged = copy.deepcopy(first)
-    merged.load_state_dict(
-        {
-            key: sum((share * state[key] for share, state in zip(shares, states, strict=True)), start=torch.zeros_like(value))
-            for key, value in states[0].items()
-        }
-    )
-    return merged

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-from mgfc.adapter import Adapter, average
-from mgfc.blocks import Active
+from mgfc.active import Active
+from mgfc.adapter import Adapter
 from mgfc.config import AdapterConfig
 from mgfc.errors import CalibrationError, ConfigError
 
@@ -119,7 +121,7 @@ class Adapters(nn.Module):
         for known in names:
             self._check_known(known)
         self._check_new(name)
-        merged = average([self.adapters[known] for known in names], [1.0] * len(names) if weights is None else weights)
+        merged = _average([self.adapters[known] for known in names], [1.0] * len(names) if weights is None else weights)
         self._put(name, merged)
 
     @contextmanager
@@ -171,3 +173,36 @@ class Adapters(nn.Module):
     def _check_known(self, name: str) -> None:
         if name not in self.adapters:
             raise ConfigError(f"Adapter {name!r}: expected one of {', '.join(self.adapters)}. add_adapter adds others.")
+
+
+@torch.no_grad()
+def _average(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """A new adapter whose parameters and statistics are weighted means of the given ones'.
+
+    Args:
+        adapters: of one configuration, for one backbone.
+        weights: one for each, divided by their sum.
+
+    Raises:
+        ConfigError: if the configurations differ, or the weights do not fit.
+    """
+    if len(weights) != len(adapters) or not weights or not sum(weights) > 0 or min(weights) < 0:
+        raise ConfigError(
+            f"weights: expected {len(adapters)} numbers of at least 0 whose sum is above 0, found {list(weights)}."
+        )
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.config != first.config:
+            raise ConfigError(
+                f"Adapters of different configurations cannot be averaged: expected {first.config}, found {other.config}."
+            )
+    states = [adapter.state_dict() for adapter in adapters]
+    shares = [weight / sum(weights) for weight in weights]
+    merged = copy.deepcopy(first)
+    merged.load_state_dict(
+        {
+            key: sum((share * state[key] for share, state in zip(shares, states, strict=True)), start=torch.zeros_like(value))
+            for key, value in states[0].items()
+        }
+    )
+    return merged

@@ -21,8 +21,10 @@ from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.stem import image_entry
 from mgfc.backbones.tuners import tuner_layers, tuner_parameters
 from mgfc.blocks import BlockHooks
+from mgfc.calibrators.running import is_recomputing
 from mgfc.errors import CalibrationError
 from mgfc.images import ImageHook
+from mgfc.tree import HookedModules
 
 T = TypeVar("T")
 
@@ -52,7 +54,7 @@ class Attachment(Adapters):
         orders = enumerate(zip(tower.blocks, token_orders(tower), strict=True))
         self.blocks = [BlockHooks(block, i, order, self._tracker, self.active) for i, (block, order) in orders]
         self.images = ImageHook(self.active)
-        self._handles: list[Any] = []
+        self._hooked: HookedModules | None = None
         self._frozen: Frozen | None = None
         self._fused: list[tuple[nn.Parameter, Tensor]] = []
         self.has_peft = False
@@ -67,7 +69,7 @@ class Attachment(Adapters):
         state = dict(self.__dict__)
         if id(state.get("_backbone")) not in memo:
             state.pop("_backbone", None)
-            state |= {"_handles": [], "_frozen": None, "_fused": [], "blocks": []}
+            state |= {"_hooked": None, "_frozen": None, "_fused": [], "blocks": []}
             state["active"] = copy.copy(self.active)
             state["active"].fused = False
         twin.__dict__.update(copy.deepcopy(state, memo))
@@ -100,12 +102,16 @@ class Attachment(Adapters):
             peft.inject(tower.root, *tuner)
             self.has_peft = True
         self.__dict__["_backbone"] = tower.root
-        entry = image_entry(tower) or tower.modules()[0]
-        self._handles = [entry.register_forward_pre_hook(self._prepare)]
-        self._handles += stem_hooks(tower.root, tower.blocks, self._tracker) + self.images.attach(tower)
+        first, entry = tower.modules()[0], image_entry(tower)
+        for module in (first,) if entry is None else (entry, first):
+            module.register_forward_pre_hook(self._prepare)
+        self.active.attach(tower.root)
+        stem_hooks(tower.root, tower.blocks, self._tracker)
+        self.images.attach(tower)
         # Also on blocks that the active adapter leaves out: hooks added after torch.compile are ignored.
         for hooks in self.blocks:
-            self._handles += hooks.attach(tower.root)
+            hooks.attach(tower.root)
+        self._hooked = HookedModules(tower.root, [self, self.active, self._tracker, self.images, *self.blocks])
         if freeze:
             self._frozen = Frozen(tower.root, tuner_parameters(tower.root))
         tower.root.calibration = self
@@ -117,8 +123,8 @@ class Attachment(Adapters):
         """
         root = self.backbone
         self.unfuse()
-        for handle in self._handles:
-            handle.remove()
+        assert self._hooked is not None
+        self._hooked.remove(root)
         if self.has_peft:
             peft.eject(root)
         if self._frozen is not None:
@@ -170,10 +176,13 @@ class Attachment(Adapters):
                 adapter.requires_grad_(name == self.active_adapter)  # whoever read a file made new parameters
 
     def _prepare(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before images enter the backbone."""
-        if not torch.compiler.is_compiling():
-            self.settle()
-            self._spare.clear()
+        """Before images enter the backbone, and before its first block."""
+        if torch.compiler.is_compiling() or is_recomputing():
+            return
+        if self._hooked is not None:
+            self._hooked.check(self.backbone)
+        self.settle()
+        self._spare.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Attachment:
         lacking = [name for name, adapter in self.adapters.items() if placement.lacks_values(adapter)]

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mgfc.adapter import Adapter
+from mgfc.active import Active
 from mgfc.backbones.description import first_outputs
 from mgfc.backbones.grid import Grid, GridTracker, first_tensor, tag
 from mgfc.backbones.layout import (
@@ -28,23 +28,6 @@ from mgfc.errors import CalibrationError
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
-
-
-class Active:
-    """The adapter that the hooks of one backbone run, and how.
-
-    Args:
-        adapter: the active one.
-
-    Attributes:
-        enabled: whether they run it.
-        fused: whether its low-rank adapters are in the backbone's weights, and pass by here.
-    """
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.enabled = True
-        self.fused = False
 
 
 @dataclass(frozen=True)
@@ -102,30 +85,25 @@ class BlockHooks:
         self.adapted: bool | None = None
         self._owner = ""
 
-    @property
-    def layer(self) -> CalibLayer | ReinCalib | None:
-        """What the active adapter has for the block."""
-        layers, key = self.active.adapter.layers, str(self.index)
+    def _layer(self, module: nn.Module) -> CalibLayer | ReinCalib | None:
+        """What the active adapter has for the block that a module is in."""
+        layers, key = self.active.of(module).layers, str(self.index)
         return cast("CalibLayer | ReinCalib", layers[key]) if self.active.enabled and key in layers else None
 
-    def attach(self, root: nn.Module) -> list[Any]:
-        """Registers the hooks in a backbone and returns the removable handles."""
+    def attach(self, root: nn.Module) -> None:
+        """Registers the hooks in a backbone."""
         self._owner = type(root).__name__
         block = root.get_submodule(self.name)
-        handles: list[Any] = [
-            block.register_forward_pre_hook(self._enter, with_kwargs=True),
-            # Transformers captures feature maps by hooks of its own: ours has to run before them.
-            block.register_forward_hook(self._leave, prepend=True, with_kwargs=True),
-        ]
+        block.register_forward_pre_hook(self._enter, with_kwargs=True)
+        # Transformers captures feature maps by hooks of its own: ours has to run before them.
+        block.register_forward_hook(self._leave, prepend=True, with_kwargs=True)
         for module, channels in first_outputs(block):
-            adapt = functools.partial(self._adapt, channels)
-            handles.append(module.register_forward_hook(adapt, prepend=True, with_kwargs=True))
+            module.register_forward_hook(functools.partial(self._adapt, channels), prepend=True, with_kwargs=True)
         path = self.name.split(".")
         for end in range(len(path) + 1):  # Transformers checkpoints a block, or a stage of them
             module = root.get_submodule(".".join(path[:end]))
             if hasattr(type(module), "gradient_checkpointing"):
-                handles.append(module.register_forward_pre_hook(self._want_gradients, with_kwargs=True))
-        return handles
+                module.register_forward_pre_hook(self._want_gradients, with_kwargs=True)
 
     def watch(self, watched: bool) -> None:
         """Starts or stops leaving reports."""
@@ -136,7 +114,7 @@ class BlockHooks:
         if self.index == 0 and not is_recomputing():
             self.tracker.begin()
         self.tracker.enter(args, kwargs)
-        self.active.adapter.start_record(self.index)
+        self.active.of(block).start_record(self.index)
 
     def _want_gradients(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         """Before what Transformers checkpoints.
@@ -145,12 +123,16 @@ class BlockHooks:
         backbone do not.
         """
         entry, checkpointing = first_tensor(args, kwargs), module.training and module.gradient_checkpointing
-        if entry is not None and checkpointing and torch.is_grad_enabled() and self.layer is not None:
+        if entry is not None and checkpointing and torch.is_grad_enabled() and self._layer(module) is not None:
             entry.requires_grad_()
 
-    def _adapt(self, channels: slice, module: nn.Module, args: Arguments, kwargs: Keywords, output: Tensor) -> Tensor | None:
-        """After a linear layer that the feed-forward network begins with, whose output is these channels of H."""
-        layer, tensor = self.layer, first_tensor(args, kwargs)
+    def _adapt(self, channels: slice, module: nn.Module, args: Arguments, *more: Any) -> Tensor | None:
+        """After a linear layer that the feed-forward network begins with, whose output is these channels of H.
+
+        `more` are the keywords, which PyTorch's own quantisation forgets when it hands hooks on, and the output.
+        """
+        kwargs, output = more if len(more) == 2 else ({}, *more)
+        layer, tensor = self._layer(module), first_tensor(args, kwargs)
         if not isinstance(layer, CalibLayer) or layer.low_rank is None or tensor is None:
             return None
         if self.active.fused:
@@ -162,7 +144,7 @@ class BlockHooks:
             tokens, moved = channels_last(tensor, layer.low_rank.down.shape[1])
         except ValueError as error:
             raise self._error(f"feed-forward network: {error}") from None
-        record = self.active.adapter.record(self.index)
+        record = self.active.of(module).record(self.index)
         inside = output.permute(0, 2, 3, 1) if moved else output
         adapted = channels_back(layer.low_rank(tokens, inside, channels, record), moved)
         if moved and output.is_contiguous():
@@ -173,7 +155,7 @@ class BlockHooks:
 
     def _leave(self, block: nn.Module, args: Arguments, kwargs: Keywords, output: Any) -> Any:
         """After the block."""
-        layer = self.layer
+        layer = self._layer(block)
         if layer is None:
             return None
         tensor = pick_tensor(output)
@@ -187,7 +169,10 @@ class BlockHooks:
             raise self._error(str(error)) from None
         mask = padding(args, kwargs, tensor.shape[1]) if view.grid is None and tensor.ndim == 3 else None
         patches = view.patches if layer.dtype is None else view.patches.to(layer.dtype)
-        calibrated = self._calibrate(layer, patches, view, mask)
+        record = self.active.of(block).record(self.index)
+        if record is not None:
+            record |= {"grid": view.grid, "batch": len(patches)}
+        calibrated = _calibrate(layer, patches, view, mask, record)
         refined = tensor if calibrated is patches else view.put_back(calibrated, tensor)
         tag(view.grid, first_tensor(args, kwargs), refined)
         if self.watched:
@@ -196,23 +181,23 @@ class BlockHooks:
             self.report = BlockReport(self.name, tuple(tensor.shape), *places, changed)
         return None if refined is tensor else put_tensor(output, tensor, refined)
 
-    def _calibrate(self, layer: CalibLayer | ReinCalib, patches: Tensor, view: PatchView, mask: Tensor | None) -> Tensor:
-        """The patches that leave the block, as the layer makes them; `mask` tells real tokens from padding."""
-        record = self.active.adapter.record(self.index)
-        if record is not None:
-            record |= {"grid": view.grid, "batch": len(patches)}
-        if mask is None:
-            calibrated: Tensor = layer(patches, view.grid, record)
-            return calibrated
-        if record is not None:
-            record.pop("scene", None)  # it has padding in it
-        return _calibrate_real(layer, patches, mask[:, view.leading :])
-
     def _error(self, problem: str) -> CalibrationError:
         return CalibrationError(
             f"Block {self.name!r} of {self._owner}: {problem}. "
             "Leave the block out with MGFCConfig(layers=...) or name other blocks with wrap_backbone(..., blocks=...)."
         )
+
+
+def _calibrate(
+    layer: CalibLayer | ReinCalib, patches: Tensor, view: PatchView, mask: Tensor | None, record: Keywords | None
+) -> Tensor:
+    """The patches that leave a block, as the layer makes them; `mask` tells real tokens from padding."""
+    if mask is None:
+        calibrated: Tensor = layer(patches, view.grid, record)
+        return calibrated
+    if record is not None:
+        record.pop("scene", None)  # it has padding in it
+    return _calibrate_real(layer, patches, mask[:, view.leading :])
 
 
 def _calibrate_real(layer: CalibLayer | ReinCalib, patches: Tensor, valid: Tensor) -> Tensor:

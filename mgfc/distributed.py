@@ -15,6 +15,11 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Whether it is a copy that `nn.DataParallel` made for one forward on another device."""
+    return getattr(module, "_is_replica", False)
+
+
 def sum_over_processes(value: Tensor) -> Tensor:
     """The sum of what every process holds. All of them have to call it."""
     if process()[1] == 1:

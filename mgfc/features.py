@@ -19,7 +19,7 @@ from mgfc.backbones.detection import find_tower
 from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.layout import pick_tensor, view_patches
 from mgfc.calibrators.running import is_recomputing
-from mgfc.distributed import gathered
+from mgfc.distributed import gathered, is_replica
 from mgfc.errors import CalibrationError, ConfigError
 
 
@@ -126,6 +126,8 @@ class FeatureMaps(nn.Module):
         """
         found: dict[int, Tensor] = {}
         self._forward.maps = found
+        if is_replica(self.backbone) and hasattr(self.backbone, "calibration"):
+            self.backbone.calibration.active.enter(self.backbone)  # type: ignore[union-attr, operator]
         try:
             run = getattr(self.backbone, "forward_features", self.backbone)
             run(images, **{**self._options, **kwargs})

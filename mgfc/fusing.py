@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mgfc.adapter import Adapter
-from mgfc.backbones.description import first_outputs, linear_size
+from mgfc.backbones.description import first_outputs, linear_size, weight_of
 from mgfc.backbones.tuners import tuner_layers
 from mgfc.blocks import BlockHooks
 from mgfc.calibrators import CalibLayer, LowRank
@@ -59,11 +59,11 @@ def _places(root: nn.Module, blocks: Sequence[BlockHooks], adapter: Adapter) -> 
 
 
 def _require_plain(root: nn.Module, name: str, linear: Any) -> None:
-    weight, wrapped = linear.weight, {id(module) for _, _, module in tuner_layers(root)}
+    weight, wrapped = weight_of(linear), {id(module) for _, _, module in tuner_layers(root)}
     problem = None
     if id(linear) in wrapped:
         problem = "an adapter of PEFT's sits on it, too. Merge that one first (merge_and_unload)"
-    elif weight.is_meta:
+    elif weight is None or weight.is_meta:
         problem = "it is offloaded or has no values. Leave it unfused"
     elif type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.numel() != _size(linear):
         problem = f"its weight is {type(weight).__name__} of {weight.dtype}: quantised or sharded. Leave it unfused"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mgfc.active import Active
 from mgfc.adapter import Adapter
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import first_tensor
 from mgfc.backbones.stem import image_entry
-from mgfc.blocks import Active
 from mgfc.calibrators import CoarseCalib
 from mgfc.errors import CalibrationError
 
@@ -67,10 +67,11 @@ class ImageHook:
         """The coarse stage of the active adapter."""
         return self.active.adapter.coarse if self.active.enabled else None
 
-    def attach(self, tower: Tower) -> list[Any]:
-        """Registers the hook in a backbone and returns the removable handle; none where no images enter it."""
+    def attach(self, tower: Tower) -> None:
+        """Registers the hook in a backbone, where images enter it."""
         entry = image_entry(tower)
-        return [] if entry is None else [entry.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        if entry is not None:
+            entry.register_forward_pre_hook(self._enter, with_kwargs=True)
 
     @contextmanager
     def scene(self, images: Tensor) -> Iterator[None]:
@@ -95,7 +96,7 @@ class ImageHook:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the patch embedding."""
-        coarse, images = self.coarse, first_tensor(args, kwargs)
+        coarse, images = self.active.of(module).coarse if self.active.enabled else None, first_tensor(args, kwargs)
         self._forward.statistics = None
         if self.active.enabled and not torch.compiler.is_compiling():
             self._look_out(self.active.adapter)

@@ -22,6 +22,7 @@ FLOORS = (
     ("attachment", "reports", "storage"),
     ("adapters", "fusing", "images"),
     ("blocks", "peft", "placement"),
+    ("active", "tree"),
     ("adapter",),
     ("layers",),
     ("features", "heads", "losses", "config"),

@@ -32,13 +32,20 @@ def _feed_forward_linears(block: nn.Module) -> list[tuple[str, nn.Module]]:
         (name, module)
         for name, module in own_modules(block)
         if ("out_features" in vars(module) or "out_channels" in vars(module))
-        and isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.ndim in (2, 4)
+        and (weight := weight_of(module)) is not None
+        and weight.ndim in (2, 4)
     ]
     if not linears:
         raise UnsupportedBackboneError(f"{type(block).__name__}: expected a block with linear layers, found none.")
     named = [(name, m) for name, m in linears if _last(_FEED_FORWARD, name) > _last(_ATTENTION, name)]
     return [(name, m) for name, m in named if not _POSITION.search(name)] or linears[-1:]
+
+
+def weight_of(module: Any) -> Tensor | None:
+    """The weight of a linear layer; PyTorch's quantised ones give it when called."""
+    weight = getattr(module, "weight", None)
+    weight = weight() if callable(weight) and not isinstance(weight, Tensor) else weight
+    return weight if isinstance(weight, Tensor) else None
 
 
 def _last(pattern: re.Pattern[str], name: str) -> int:
@@ -185,7 +192,7 @@ def fingerprint(tower: Tower) -> list[float] | None:
     for block in tower.modules():
         module: Any = output_linear(block)
         with at_hand(module):
-            weight = whole(module.weight.detach())
+            weight = whole(weight_of(module).detach())  # type: ignore[union-attr]
             if weight.is_meta:
                 return None
             if weight.is_quantized or type(weight).__module__.startswith("torchao"):

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mgfc.distributed import sum_over_processes
+from mgfc.distributed import is_replica, sum_over_processes
 
 D = TypeVar("D")
 
@@ -109,7 +109,7 @@ class RunningMean(nn.Module):
         Always the same function.
         """
         total = self.total
-        if torch.compiler.is_compiling() or total.is_inference():
+        if torch.compiler.is_compiling() or total.is_inference() or is_replica(self):
             return function(self.value)
         known = self._derived
         if known.get("of") is not total or known["version"] != total._version:

@@ -1,0 +1,72 @@
+"""Which adapter the hooks of a backbone run: the active one, or its copy on another device."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import nn
+
+from mgfc.adapter import Adapter
+from mgfc.distributed import is_replica
+from mgfc.errors import CalibrationError
+
+
+class _Thread(threading.local):
+    """The copy of the active adapter that a thread runs under `nn.DataParallel`."""
+
+    adapter: Adapter | None = None
+
+    def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
+        return _Thread, ()
+
+
+class Active:
+    """The adapter that the hooks of one backbone run, and how.
+
+    `nn.DataParallel` copies a backbone for each forward, and the copies have the hooks of the original. Each runs in a
+    thread of its own, which is told the copy's calibrators before the copy is called.
+
+    Args:
+        adapter: the active one.
+
+    Attributes:
+        enabled: whether they run it.
+        fused: whether its low-rank adapters are in the backbone's weights, and pass by here.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.enabled = True
+        self.fused = False
+        self._thread = _Thread()
+
+    def attach(self, root: nn.Module) -> None:
+        """Registers the hook before a backbone."""
+        root.register_forward_pre_hook(self._enter)
+
+    def enter(self, root: Any) -> None:
+        """Tells this thread the calibrators of a backbone that it calls, if that is a copy."""
+        if is_replica(root):
+            self._thread.adapter = adapter = root.calibration.adapters[root.calibration.active_adapter]
+            for layer in adapter.layers.values() if adapter.maps is not None else ():
+                layer.__dict__["shared"] = adapter.maps
+
+    def of(self, module: nn.Module) -> Adapter:
+        """The adapter for a module of the backbone, or of a copy.
+
+        Raises:
+            CalibrationError: if the calibrators of the copy are not known.
+        """
+        if not is_replica(module):
+            return self.adapter
+        if self._thread.adapter is None:
+            raise CalibrationError(
+                "nn.DataParallel: expected copies of the backbone to be called themselves or through FeatureMaps, found that a "
+                "host calls a method of theirs, so that their calibrators cannot be told. Use DistributedDataParallel."
+            )
+        return self._thread.adapter
+
+    def _enter(self, root: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the backbone."""
+        self.enter(root)
