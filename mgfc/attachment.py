@@ -16,6 +16,7 @@ from mgfc.adapter import Adapter
 from mgfc.adapters import Adapters
 from mgfc.backbones.description import is_hierarchical, max_extra_tokens, token_orders
 from mgfc.backbones.detection import Tower
+from mgfc.backbones.entry import adapted_layers
 from mgfc.backbones.freezing import Frozen
 from mgfc.backbones.grid import GridTracker, stem_hooks
 from mgfc.backbones.stem import image_entry
@@ -101,6 +102,8 @@ class Attachment(Adapters):
         if tuner is not None:
             peft.inject(tower.root, *tuner)
             self.has_peft = True
+        for block in tower.modules():
+            list(adapted_layers(block))  # an error comes before any hook
         self.__dict__["_backbone"] = tower.root
         first, entry = tower.modules()[0], image_entry(tower)
         for module in (first,) if entry is None else (entry, first):
@@ -111,7 +114,7 @@ class Attachment(Adapters):
         # Also on blocks that the active adapter leaves out: hooks added after torch.compile are ignored.
         for hooks in self.blocks:
             hooks.attach(tower.root)
-        self._hooked = HookedModules(tower.root, [self, self.active, self._tracker, self.images, *self.blocks])
+        self._hooked = HookedModules(tower.root, tower.blocks, [self, self.active, self._tracker, self.images, *self.blocks])
         if freeze:
             self._frozen = Frozen(tower.root, tuner_parameters(tower.root))
         tower.root.calibration = self
@@ -143,6 +146,7 @@ class Attachment(Adapters):
         """
         super().train(mode)
         if "_backbone" in self.__dict__:
+            self._follow()
             self.settle()
         if self._frozen is not None:
             self._frozen.hold(self.backbone)
@@ -179,10 +183,18 @@ class Attachment(Adapters):
         """Before images enter the backbone, and before its first block."""
         if torch.compiler.is_compiling() or is_recomputing():
             return
+        self._follow()
         if self._hooked is not None:
-            self._hooked.check(self.backbone)
+            self._hooked.require_present()
         self.settle()
         self._spare.clear()
+
+    def _follow(self) -> None:
+        """Moves hooks to where the layers of the blocks are now."""
+        if self._hooked is not None and self._hooked.has_moved():
+            for hooks in self.blocks:
+                hooks.follow(self.backbone)
+            self._hooked.relink(self.backbone)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Attachment:
         lacking = [name for name, adapter in self.adapters.items() if placement.lacks_values(adapter)]

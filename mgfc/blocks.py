@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mgfc.active import Active
-from mgfc.backbones.description import first_outputs
+from mgfc.backbones.entry import adapted_layers
 from mgfc.backbones.grid import Grid, GridTracker, first_tensor, tag
 from mgfc.backbones.layout import (
     Order,
@@ -25,6 +25,7 @@ from mgfc.backbones.layout import (
 from mgfc.calibrators import CalibLayer, ReinCalib
 from mgfc.calibrators.running import as_one_batch, is_recomputing
 from mgfc.errors import CalibrationError
+from mgfc.tree import owner_of, remove_hook
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -97,13 +98,28 @@ class BlockHooks:
         block.register_forward_pre_hook(self._enter, with_kwargs=True)
         # Transformers captures feature maps by hooks of its own: ours has to run before them.
         block.register_forward_hook(self._leave, prepend=True, with_kwargs=True)
-        for module, channels in first_outputs(block):
-            module.register_forward_hook(functools.partial(self._adapt, channels), prepend=True, with_kwargs=True)
+        self._attach_adapter(block)
         path = self.name.split(".")
         for end in range(len(path) + 1):  # Transformers checkpoints a block, or a stage of them
             module = root.get_submodule(".".join(path[:end]))
             if hasattr(type(module), "gradient_checkpointing"):
                 module.register_forward_pre_hook(self._want_gradients, with_kwargs=True)
+
+    def follow(self, root: nn.Module) -> None:
+        """Moves the hooks of the low-rank adapter to where the first linear layers are now, if the block is still there."""
+        block = dict(root.named_modules()).get(self.name)
+        if block is None or not any(owner_of(hook) is self for hook in block._forward_hooks.values()):
+            return
+        for module in block.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                # Copies of a layer, as PEFT's modules_to_save makes them, have copies of the hook.
+                if isinstance(owner_of(hook), BlockHooks) and isinstance(hook, functools.partial):
+                    remove_hook(module, module._forward_hooks, key)
+        self._attach_adapter(block)
+
+    def _attach_adapter(self, block: nn.Module) -> None:
+        for module, channels in adapted_layers(block):
+            module.register_forward_hook(functools.partial(self._adapt, channels), prepend=True, with_kwargs=True)
 
     def watch(self, watched: bool) -> None:
         """Starts or stops leaving reports."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -13,9 +14,17 @@ from helpers import assert_unchanged, randomise, same, snapshot
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from mgfc import AdapterMismatchError, ConfigError, MGFCConfig, get_calibration, unwrap_backbone, wrap_backbone
+from mgfc import (
+    AdapterMismatchError,
+    ConfigError,
+    MGFCConfig,
+    UnsupportedBackboneError,
+    get_calibration,
+    unwrap_backbone,
+    wrap_backbone,
+)
 
-IMAGES = torch.randn(2, 3, 32, 48)
+IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 LORA = LoraConfig(r=2, target_modules=["qkv"])
 
 
@@ -127,6 +136,89 @@ def test_transformers_adapters_leave_the_calibrators_alone(tmp_path: Path, monke
         switch()
         assert of_calibrators(model) == before
     assert all(torch.equal(p, state[n]) for n, p in model.calibration.state_dict().items())
+
+
+TARGETS = {"target_modules": ["fc1"]}
+METHODS = {
+    "AdaLora": {"r": 2, "total_step": 10},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 8},
+    "Delora": {"r": 2},
+    "FourierFT": {"n_frequency": 20},
+    "Gralora": {"r": 4},
+    "HRA": {"r": 2},
+    "Hira": {"r": 2},
+    "IA3": {"feedforward_modules": ["fc1"]},
+    "LoHa": {"r": 2},
+    "LoKr": {"r": 2},
+    "Lora": {"r": 2},
+    "Miss": {"r": 4},
+    "OFT": {"r": 0, "oft_block_size": 4},
+    "OSF": {},
+    "Psoft": {"r": 4},
+    "Pvera": {"r": 4},
+    "RandLora": {"r": 4},
+    "Road": {},
+    "Shira": {"r": 2},
+    "VBLoRA": {"r": 2, "num_vectors": 8, "vector_length": 8, "topk": 2},
+    "Vera": {"r": 4},
+    "WaveFT": {"n_frequency": 20},
+}
+MERGED: list[tuple[str, dict[str, Any]]] = [
+    *METHODS.items(),
+    ("Lora", {"r": 2, "use_dora": True}),
+    ("Lora", {"r": 2, "use_rslora": True}),
+    ("IA3", {"feedforward_modules": []}),
+]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapped_first", [False, True])
+@pytest.mark.parametrize(("name", "options"), MERGED, ids=[f"{name}-{'-'.join(options)}" for name, options in MERGED])
+def test_every_method_of_peft_merges_beside_low_rank_adapters(name: str, options: dict[str, Any], wrapped_first: bool) -> None:
+    """On the layer that both adapt. Some scale or rotate what the layer computes, which is then not the calibrators' share."""
+    if not hasattr(peft, f"{name}Config"):
+        pytest.skip("this version of PEFT does not have it")
+    config = getattr(peft, f"{name}Config")(**TARGETS, **options)
+    model = vit().eval()
+    if wrapped_first:
+        randomise(wrap_backbone(model, MGFCConfig(rank=8)).calibration)
+        model(IMAGES)
+    adapted = get_peft_model(model, config)
+    if not wrapped_first:
+        randomise(wrap_backbone(model, MGFCConfig(rank=8)).calibration)
+    plain = adapted.eval()(IMAGES)
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad and "calibration" not in key:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    expected = adapted(IMAGES)
+    assert not torch.allclose(expected, plain, rtol=1e-2)
+    assert all(report.changed for report in model.calibration.check(IMAGES))
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(IMAGES), expected, rtol=1e-4, atol=1e-4)
+    model.calibration.fuse()
+    torch.testing.assert_close(merged(IMAGES), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_layer_that_peft_copied_has_one_adapter_around_it() -> None:
+    model = wrap_backbone(vit().eval(), MGFCConfig(rank=8))
+    randomise(model.calibration)
+    expected = model(IMAGES)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["fc1"]))
+    assert same(adapted.eval()(IMAGES), expected)
+    for layer in model.calibration.layers.values():
+        layer.low_rank.up.zero_()
+    with model.calibration.disabled():
+        bare = model(IMAGES)
+    model.calibration.adapter.coarse.source.weight.zero_()
+    for index in "012":
+        if model.calibration.layers[index].medium is not None:
+            model.calibration.layers[index].medium.source.weight.zero_()
+    assert same(model(IMAGES), bare), "no copy of the calibrators is left in PEFT's copy of the layer"
+    with pytest.raises(UnsupportedBackboneError, match="modules_to_save runs a copy of mlp"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["proj"], modules_to_save=["mlp"]), "other").eval()
 
 
 class TestPeftConfig:

@@ -37,8 +37,6 @@ class TestReplaced:
         ("name", "change"),
         [
             ("blocks.1", lambda vit: vit.blocks.__setitem__(1, tiny_vit(1).blocks[1])),
-            ("blocks.2.mlp.fc1", lambda vit: setattr(vit.blocks[2].mlp, "fc1", nn.Linear(32, 128))),
-            ("blocks.0.mlp.fc1", lambda vit: setattr(vit.blocks[0], "mlp", tiny_vit(1).blocks[0].mlp)),
             ("patch_embed", lambda vit: setattr(vit, "patch_embed", tiny_vit(1).patch_embed)),
             ("patch_embed.proj", lambda vit: setattr(vit.patch_embed, "proj", nn.Conv2d(3, 32, 16, 16))),
             (
@@ -81,6 +79,26 @@ class TestReplaced:
         assert same(vit(IMAGES), expected)
         vit.prune_intermediate_layers([0, 1])
         assert len(vit.blocks) == 2 and vit(IMAGES).isfinite().all()
+
+    @pytest.mark.parametrize(
+        "replace",
+        [
+            lambda block, new: setattr(block.mlp, "fc1", new.mlp.fc1),
+            lambda block, new: setattr(block, "mlp", new.mlp),
+        ],
+    )
+    @torch.no_grad()
+    def test_hooks_follow_what_is_replaced_inside_a_block(self, replace: Callable[[Any, Any], None]) -> None:
+        vit, expected = tiny_vit(), tiny_vit()
+        calibration = calibrated(vit)
+        before = vit(IMAGES)
+        for model in (vit, expected):
+            replace(model.blocks[2], tiny_vit(1).blocks[2])
+        twin = calibrated(expected)
+        twin.load_state_dict(calibration.state_dict())
+        found = vit(IMAGES)
+        assert same(found, expected(IMAGES)) and not same(found, before)
+        assert all(report.changed for report in calibration.check(IMAGES))
 
     def test_unwrapping_afterwards_leaves_no_hook(self) -> None:
         vit = tiny_vit().requires_grad_(False)
