@@ -42,8 +42,8 @@ class HookedModules:
             if id(module) not in present and now is not None and not any(self._own(now)):
                 self._problem = (
                     f"{type(root).__name__}: expected {name} as it was wrapped, found another {type(now).__name__} in its "
-                    "place, which calibrators do not reach. Save the adapter, call unwrap_backbone, and wrap the model as it is "
-                    "now with what you saved."
+                    "place, which calibrators do not reach. Save the adapter, call unwrap_backbone, and wrap the model as it "
+                    "is now with what you saved."
                 )
                 return
 
