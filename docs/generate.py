@@ -29,7 +29,7 @@ from zoo import Case, cases  # noqa: E402
 from mgfc.backbones.detection import find_tower  # noqa: E402
 from mgfc.errors import UnsupportedBackboneError  # noqa: E402
 
-LIBRARIES = {"timm": "timm", "transformers": "Transformers"}
+LIBRARIES = {"timm": "timm", "transformers": "Transformers", "authors": "authors' own"}
 HOSTS = ("DPT", "Depth Anything", "EoMT", "Grounding DINO", "Mask2Former", "MaskFormer", "UperNet", "ViTMatte", "ZoeDepth")
 SHAPES = {"NLC": "(B, N, C)", "NHWC": "(B, h, w, C)", "NCHW": "(B, C, h, w)", "windows": "windows along B"}
 SCORES = {"synth_town/val": "synth_town, val", "camvid/day": "CamVid, day", "camvid/dusk": "CamVid, dusk"}
@@ -52,17 +52,18 @@ def summary() -> str:
         ["windowed, hierarchical and others", families("timm", 2), families("transformers", 2)],
         ["hosts", "`features_only`, `forward_intermediates`", families("transformers", 1, 2, hosts=True)],
     ]
-    found = [case for case in cases() if case.tier in (1, 2)]
+    found = [case for case in cases() if case.tier in (1, 2) and case.library != "authors"]
     classes = len({(case.library, case.architecture) for case in found})
-    return table(["", *LIBRARIES.values()], rows) + f"\n\n{len(found)} configurations of {classes} classes, each tested."
+    return table(["", "timm", "Transformers"], rows) + f"\n\n{len(found)} configurations of {classes} classes, each tested."
 
 
 def by_class(tier: int) -> list[list[Case]]:
     def key(case: Case) -> tuple[str, str, str]:
         return case.library, case.architecture, case.family
 
-    # Libraries in the zoo's own order, classes in that of the alphabet.
-    ordered = sorted(cases(tier), key=lambda case: (case.library != "timm", case.architecture.lower(), case.family.lower()))
+    # Libraries in their order here, classes in that of the alphabet.
+    places = list(LIBRARIES)
+    ordered = sorted(cases(tier), key=lambda case: (places.index(case.library), case.architecture.lower(), case.family.lower()))
     return [list(group) for _, group in groupby(ordered, key)]
 
 

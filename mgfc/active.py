@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from mgfc.adapter import Adapter
@@ -12,10 +14,24 @@ from mgfc.distributed import is_replica
 from mgfc.errors import CalibrationError
 
 
+@dataclass
+class Reached:
+    """What a forward reached.
+
+    Args:
+        adapted: a layer with a low-rank adapter.
+        left: the end of a calibrated block.
+    """
+
+    adapted: bool = False
+    left: bool = False
+
+
 class _Thread(threading.local):
-    """The copy of the active adapter that a thread runs under `nn.DataParallel`."""
+    """The copy of the active adapter that a thread runs under `nn.DataParallel`, and what its last forward reached."""
 
     adapter: Adapter | None = None
+    reached: Reached | None = None
 
     def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
         return _Thread, ()
@@ -51,6 +67,22 @@ class Active:
             self._thread.adapter = adapter = root.calibration.adapters[root.calibration.active_adapter]
             for layer in adapter.layers.values() if adapter.maps is not None else ():
                 layer.__dict__["shared"] = adapter.maps
+
+    @property
+    def reached(self) -> Reached | None:
+        """What the last forward of this thread reached."""
+        return self._thread.reached
+
+    def start(self) -> Reached | None:
+        """Begins a forward of this thread, and tells what its last one reached; None if there was none."""
+        before, self._thread.reached = self._thread.reached, Reached()
+        return before
+
+    def note(self, *, adapted: bool = False, left: bool = False) -> None:
+        """Notes what a forward reached; a compiled one does not."""
+        if not torch.compiler.is_compiling() and self._thread.reached is not None:
+            self._thread.reached.adapted |= adapted
+            self._thread.reached.left |= left
 
     def of(self, module: nn.Module) -> Adapter:
         """The adapter for a module of the backbone, or of a copy.

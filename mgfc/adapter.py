@@ -75,7 +75,7 @@ class Adapter(nn.Module):
         if len(dims) > 1:
             raise ConfigError(f"ReinConfig: expected blocks of one width, found {sorted(dims)}. Use MGFCConfig.")
         (dim,) = dims
-        self.maps = shared = ReinShared(dim)
+        self.maps = shared = ReinShared(dim, config.use_softmax)
         layers = {str(i): ReinCalib(dim, shared, config.num_tokens, config.token_rank) for i in indices}
         self.layers = nn.ModuleDict(layers)
 
@@ -128,6 +128,18 @@ class Adapter(nn.Module):
         """Whether the low-rank adapters are no longer as they were made; True if there are none."""
         ups = [whole(p.detach()) for name, p in self.named_parameters() if name.endswith("low_rank.up")]
         return not ups or any(bool(up.any()) for up in ups)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the adapter is not what a training should have made; None if it may be."""
+        if not self.learnt:
+            return "The low-rank adapters are as they were made, without an effect: nothing trained them."
+        if self.num_batches == 0:
+            return (
+                "The calibrators' statistics have seen no batch, so that coarse and medium calibration have no effect. Gather "
+                "them before you save: `with calibration.observing(): ...` over images of the source."
+            )
+        return None
 
     def count_stages(self) -> Iterator[tuple[int, dict[str, int]]]:
         """Parameters of each block's stages, by block index."""

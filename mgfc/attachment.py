@@ -25,6 +25,7 @@ from mgfc.blocks import BlockHooks
 from mgfc.calibrators.running import is_recomputing
 from mgfc.errors import CalibrationError
 from mgfc.images import ImageHook
+from mgfc.lookout import Lookout
 from mgfc.tree import HookedModules
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class Attachment(Adapters):
         orders = enumerate(zip(tower.blocks, token_orders(tower), strict=True))
         self.blocks = [BlockHooks(block, i, order, self._tracker, self.active) for i, (block, order) in orders]
         self.images = ImageHook(self.active)
+        self.lookout = Lookout(self.active)
         self._hooked: HookedModules | None = None
         self._frozen: Frozen | None = None
         self._fused: list[tuple[nn.Parameter, Tensor]] = []
@@ -102,19 +104,21 @@ class Attachment(Adapters):
         if tuner is not None:
             peft.inject(tower.root, *tuner)
             self.has_peft = True
-        for block in tower.modules():
-            list(adapted_layers(block))  # an error comes before any hook
+        _ = [list(adapted_layers(block)) for block in tower.modules()]  # an error comes before any hook
         self.__dict__["_backbone"] = tower.root
         first, entry = tower.modules()[0], image_entry(tower)
         for module in (first,) if entry is None else (entry, first):
             module.register_forward_pre_hook(self._prepare)
+        self.lookout.attach(first if entry is None else entry)
         self.active.attach(tower.root)
         stem_hooks(tower.root, tower.blocks, self._tracker)
         self.images.attach(tower)
         # Also on blocks that the active adapter leaves out: hooks added after torch.compile are ignored.
         for hooks in self.blocks:
             hooks.attach(tower.root)
-        self._hooked = HookedModules(tower.root, tower.blocks, [self, self.active, self._tracker, self.images, *self.blocks])
+        self._hooked = HookedModules(
+            tower.root, tower.blocks, [self, self.active, self.lookout, self._tracker, self.images, *self.blocks]
+        )
         if freeze:
             self._frozen = Frozen(tower.root, tuner_parameters(tower.root))
         tower.root.calibration = self
@@ -199,7 +203,7 @@ class Attachment(Adapters):
     def _apply(self, fn: Any, recurse: bool = True) -> Attachment:
         lacking = [name for name, adapter in self.adapters.items() if placement.lacks_values(adapter)]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in lacking:  # as `to_empty` makes places for tensors
+        for name in lacking:  # `to_empty` makes places for tensors
             placement.fill(self.adapters[name], self._values.get(name, {}))
         return self
 

@@ -156,9 +156,19 @@ class Calibration(Attachment):
 
         Raises:
             CalibrationError: naming the blocks that the forward did not call.
+
+        Warns:
+            UserWarning: if a host called none of the blocks, but is not given, so that this says nothing of it.
         """
         if not self.enabled:
             raise CalibrationError("check: expected calibrators that are in use, found them disabled.")
+        last = self.active.reached
+        if model is None and last is not None and not last.left:
+            warnings.warn(
+                "check: the last forward of a host called none of the calibrated blocks; this one calls the backbone itself. "
+                "Give it the host: calibration.check(images, model=MODEL).",
+                stacklevel=2,
+            )
         model = self.backbone if model is None else model
         return reports.check(self.blocks, self.images, self.adapter, model, args, kwargs)
 

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert-rein", help="turn a Rein checkpoint into an adapter", epilog=EXIT_CODES)
     convert.add_argument("checkpoint", metavar="IN.pth", help="with keys backbone.reins.*; read without running its code")
     convert.add_argument("directory", metavar="OUT", help="where the adapter goes; made if missing")
+    convert.add_argument("--no-softmax", action="store_true", help="for a checkpoint trained with use_softmax=False")
     convert.set_defaults(run=_convert)
     for command in (search, info, check, show, convert):
         command.add_argument("--json", action="store_true", help="print JSON")
@@ -101,7 +102,7 @@ def _search(args: argparse.Namespace) -> dict[str, Any]:
 def _convert(args: argparse.Namespace) -> dict[str, Any]:
     from mgfc.interop.rein import convert_rein
 
-    adapter = convert_rein(args.checkpoint, args.directory)
+    adapter = convert_rein(args.checkpoint, args.directory, use_softmax=not args.no_softmax)
     values = adapter.config.to_dict()
     blocks = f"{len(adapter.layers)} blocks of {values['num_tokens']} tokens"
     text = f"{args.directory}: {blocks}, {adapter.num_parameters:,} parameters"

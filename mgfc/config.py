@@ -210,16 +210,19 @@ class ReinConfig(_Config):
         num_tokens: learnt tokens m of each block.
         token_rank: their rank; None for tokens of full rank.
         layers: blocks that are refined, as in `MGFCConfig`.
+        use_softmax: whether similarities to the tokens pass a softmax; a few checkpoints were trained without.
     """
 
     num_tokens: int = 100
     token_rank: int | None = 16
     layers: Layers = "all"
+    use_softmax: bool = True
 
     def __post_init__(self) -> None:
         self._check_size("num_tokens", least=2)
         self._check_size("token_rank", optional=True)
         self._check_layers(self.layers)
+        expect(isinstance(self.use_softmax, bool), "ReinConfig.use_softmax", "True or False", self.use_softmax)
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -227,23 +230,7 @@ class ReinConfig(_Config):
         return {}
 
 
-def read_config(method: object, values: Mapping[str, Any]) -> AdapterConfig:
-    """The configuration that a file holds: the name of its method, and the dict form.
-
-    Raises:
-        ConfigError: if there is no such method, or the dict is not one of its configurations.
-    """
-    expect(isinstance(method, str) and method in METHODS, "method", f"one of {', '.join(METHODS)}", method)
-    return METHODS[str(method)].from_dict(values)
-
-
-def method_of(config: AdapterConfig) -> str:
-    """The name of a configuration's method, for `read_config`."""
-    return next(name for name, kind in METHODS.items() if isinstance(config, kind))
-
-
 AdapterConfig: TypeAlias = MGFCConfig | ReinConfig
-METHODS: dict[str, type[MGFCConfig] | type[ReinConfig]] = {"mgfc": MGFCConfig, "rein": ReinConfig}
 
 
 def _stage_classes() -> dict[str, type[_Config]]:

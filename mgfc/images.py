@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,21 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mgfc.active import Active
-from mgfc.adapter import Adapter
 from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import first_tensor
 from mgfc.backbones.stem import image_entry
 from mgfc.calibrators import CoarseCalib
 from mgfc.errors import CalibrationError
-
-FROZEN = (
-    "A forward in training mode found the calibrators frozen, so that they learn nothing. If that is meant, call "
-    "calibration.eval(); else call calibration.set_adapter(calibration.active_adapter) after what froze them."
-)
-EMPTY = (
-    "The statistics of the source are empty, so that coarse and medium calibration have no effect. Gather them: "
-    "`with backbone.calibration.observing(): ...`, and call the model on images of the source in it."
-)
 
 
 class _Forward(threading.local):
@@ -58,8 +47,6 @@ class ImageHook:
     def __init__(self, active: Active) -> None:
         self.active = active
         self.called = False
-        self._warned: set[str] = set()
-        self._seen: int | None = None
         self._forward = _Forward()
 
     @property
@@ -98,8 +85,6 @@ class ImageHook:
         """Before the patch embedding."""
         coarse, images = self.active.of(module).coarse if self.active.enabled else None, first_tensor(args, kwargs)
         self._forward.statistics = None
-        if self.active.enabled and not torch.compiler.is_compiling():
-            self._look_out(self.active.adapter)
         if coarse is None or images is None or images.ndim != 4:
             return None
         self.called = True
@@ -109,25 +94,6 @@ class ImageHook:
             return None
         new_args = tuple(calibrated if value is images else value for value in args)
         return new_args, {key: calibrated if value is images else value for key, value in kwargs.items()}
-
-    def _look_out(self, adapter: Adapter) -> None:
-        """Warns once, early, of calibrators that cannot learn, or that learnt without the statistics that they need."""
-        parameters = list(adapter.parameters())
-        if adapter.training:
-            if parameters and torch.is_grad_enabled() and not any(p.requires_grad for p in parameters):
-                self._warn(FROZEN)
-        elif not any(mean.observing for mean in adapter.statistics):
-            # Only after something changed a parameter, as an optimizer does.
-            version = 0 if any(p.is_inference() for p in parameters) else sum(p._version for p in parameters)
-            if version != self._seen:
-                self._seen = version
-                if adapter.num_batches == 0 and adapter.learnt:
-                    self._warn(EMPTY)
-
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=2)
 
     def _statistics(self, coarse: CoarseCalib, images: Tensor) -> Tensor:
         """Of the scenes that the images are, or are parts of."""

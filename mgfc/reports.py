@@ -55,11 +55,14 @@ def check(
         for hooks in blocks:
             hooks.watch(False)
     calibrated = {int(key): layer for key, layer in adapter.layers.items()}
+    passed_by = calibrated.keys() - reports.keys()
     _require_none(
         model,
-        [hooks.name for hooks in blocks if hooks.index in calibrated.keys() - reports.keys()],
+        [hooks.name for hooks in blocks if hooks.index in passed_by],
         "every calibrated block to be called",
-        "The model skips them or runs their parts itself, so that their calibrators have no effect.",
+        "The model runs their parts itself: their low-rank adapters have an effect, but the stages behind a block have none."
+        if passed_by & adapted
+        else "The model skips them or runs their parts itself, so that their calibrators have no effect.",
     )
     with_low_rank = {i for i, layer in calibrated.items() if isinstance(layer, CalibLayer) and layer.low_rank is not None}
     _require_none(
@@ -98,4 +101,8 @@ def summary(block_names: Sequence[str], adapter: Adapter, num_backbone: int) -> 
     own = adapter.num_parameters
     lines.append(f"{own:,} parameters, {100 * own / num_backbone:.2f} % of the backbone's {num_backbone:,}")
     statistics = statistics_in_words(adapter.num_batches, adapter.is_observed)
-    return "\n".join(lines if statistics is None else [*lines, statistics])
+    if statistics is not None:
+        lines.append(statistics)
+    if not any(parameter.requires_grad for parameter in adapter.parameters()) and adapter.num_parameters:
+        lines.append("The parameters are frozen: a training would not change them.")
+    return "\n".join(lines)

@@ -20,7 +20,7 @@ FLOORS = (
     ("wrapping",),
     ("calibration",),
     ("attachment", "reports", "storage"),
-    ("adapters", "fusing", "images"),
+    ("adapters", "fusing", "images", "lookout"),
     ("blocks", "peft", "placement"),
     ("active", "tree"),
     ("adapter",),

@@ -15,6 +15,7 @@ from helpers import same
 from torch import Tensor, nn
 
 from mgfc import AdapterFileError, AdapterMismatchError, AdapterNotFoundError, load_head, wrap_backbone
+from mgfc.cli import main
 from mgfc.config import ReinConfig
 from mgfc.interop.rein import convert_rein
 
@@ -49,15 +50,17 @@ def checkpoint(low_rank: bool) -> dict[str, Tensor]:
     return {f"backbone.reins.{key}": value for key, value in reins.items()} | head
 
 
-def reference(state: dict[str, Tensor], feats: Tensor, layer: int) -> Tensor:
+def reference(state: dict[str, Tensor], feats: Tensor, layer: int, use_softmax: bool = True) -> Tensor:
     """Equations of arXiv 2312.04265 for the patch tokens (B, N, C) that leave a block."""
     r = {key.removeprefix("backbone.reins."): value for key, value in state.items()}
     tokens = r["learnable_tokens"] if "learnable_tokens" in r else r["learnable_tokens_a"] @ r["learnable_tokens_b"]
     tokens = tokens[layer]
-    attention = torch.softmax(torch.einsum("bnc,mc->bnm", feats, tokens) / math.sqrt(DIM), dim=-1)
+    attention = torch.einsum("bnc,mc->bnm", feats, tokens)
+    if use_softmax:
+        attention = torch.softmax(attention / math.sqrt(DIM), dim=-1)
     values = tokens[1:] @ r["mlp_token2feat.weight"].T + r["mlp_token2feat.bias"]
     delta = torch.einsum("bnm,mc->bnc", attention[:, :, 1:], values) + feats
-    return feats + r["scale"] * (delta @ r["mlp_delta_f.weight"].T + r["mlp_delta_f.bias"])
+    return feats + r.get("scale", 1.0) * (delta @ r["mlp_delta_f.weight"].T + r["mlp_delta_f.bias"])
 
 
 def timm_vit() -> tuple[nn.Module, nn.ModuleList]:
@@ -115,6 +118,29 @@ def test_computes_reins_function(low_rank: bool, make: Any, size: tuple[int, int
     found = last_tokens(twin, blocks[-1], images)
     assert (found - expected).abs().max() <= 1e-5
     assert (bare - expected).abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("has_scale", "use_softmax"), [(False, True), (True, False), (False, False)])
+def test_variants_of_its_training(has_scale: bool, use_softmax: bool, tmp_path: Path) -> None:
+    """`zero_mlp_delta_f=True` leaves the scale out, which is 1 then; `use_softmax=False` cannot be told from the keys."""
+    state = checkpoint(low_rank=True)
+    if not has_scale:
+        del state["backbone.reins.scale"]
+    torch.save({"state_dict": state}, tmp_path / "rein.pth")
+    flags = [] if use_softmax else ["--no-softmax"]
+    assert main(["convert-rein", str(tmp_path / "rein.pth"), str(tmp_path / "adapter"), *flags]) == 0
+    vit, blocks = timm_vit()
+    images = torch.randn(1, 3, 42, 70)
+    calibration = wrap_backbone(vit, tmp_path / "adapter").calibration
+    assert calibration.config.use_softmax is use_softmax
+    entries: list[Tensor] = []
+    blocks[1].register_forward_pre_hook(lambda block, args: entries.append(args[0]))
+    vit(images)
+    with calibration.disabled():
+        found, bare = entries[0], blocks[0](vit._pos_embed(vit.patch_embed(images)))
+    assert (found[:, 1:] - reference(state, bare[:, 1:], 0, use_softmax)).abs().max() < 1e-5
+    assert (found[:, 1:] - reference(state, bare[:, 1:], 0, not use_softmax)).abs().max() > 1e-3
 
 
 def test_can_be_trained_and_saved_again(tmp_path: Path) -> None:
@@ -196,7 +222,6 @@ def without(*keys: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (without("scale"), "no 'scale'"),
         (without("tokens_b"), "expected the keys of a Rein adapter"),
         (without("tokens_a"), "expected the keys of a Rein adapter"),
         ({}, "found 0 such keys"),

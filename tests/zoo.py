@@ -851,4 +851,37 @@ HF_TIER_3 = (
 )
 # fmt: on
 
-CASES: tuple[Case, ...] = TIMM_TIER_1 + TIMM_TIER_2 + HF_TIER_1 + HF_TIER_2 + TIMM_TIER_3 + HF_TIER_3
+
+def _stand_in(name: str) -> nn.Module:
+    return getattr(import_module("stand_ins"), name)()
+
+
+def _own(architecture: str, family: str, name: str, *args: Any, **fields: Any) -> Case:
+    """A class in its authors' own code, by a stand-in."""
+    build = partial(_seeded, _stand_in, name)
+    fields = {"blocks": "blocks.{n}", "input_name": "x", "checkpointing": False, **fields}
+    return _case("authors", architecture, family, build, fields.pop("blocks"), *args, **fields)
+
+
+OWN = (
+    _own("DinoVisionTransformer", "DINOv2", "DinoVisionTransformer", S, G, 32, leading=5, dynamic=True, tag="dinov2"),
+    _own("DinoVisionTransformer", "DINOv3", "DinoV3VisionTransformer", S, G, 32, leading=5, dynamic=True, tag="dinov3"),
+    _own("ReinsDinoVisionTransformer", "Rein", "ReinsDinoVisionTransformer", S, G, 32, leading=1, dynamic=True),
+    _own("ImageEncoderViT", "SAM", "ImageEncoderViT", (32, 32), (4, 4), 32, layout="NHWC", tier=2),
+    _own(
+        "Hiera",
+        "SAM 2",
+        "Hiera",
+        S,
+        ((8, 12), (4, 6), (4, 6)),
+        [16, 32, 32],
+        depths=(1, 1, 1),
+        layout="NHWC",
+        blocks="blocks.{n}",
+        tier=2,
+        dynamic=True,
+    ),
+    _own("VisionTransformer", "OpenCLIP", "VisionTransformer", S, G, 32, leading=1, blocks="transformer.resblocks.{n}"),
+)
+
+CASES: tuple[Case, ...] = OWN + TIMM_TIER_1 + TIMM_TIER_2 + HF_TIER_1 + HF_TIER_2 + TIMM_TIER_3 + HF_TIER_3

@@ -23,7 +23,7 @@ _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 _POSITION = re.compile("pos|cpb|meta_mlp", re.IGNORECASE)
 _EXTRA_TOKEN = re.compile(r"(cls|class|dist|reg|query|queries|detection)\w*|\w+_tokens?$", re.IGNORECASE)
 _NOT_EXTRA_TOKEN = re.compile(r"mask|pos|type|segment", re.IGNORECASE)
-_PREFIX_TOKEN = re.compile(r"(cls|class|dist|reg)\w*(token|embedding)|(cls|class)_?(token|embed)", re.IGNORECASE)
+_PREFIX_TOKEN = re.compile(r"(cls|class|dist|reg|storage)\w*(token|embedding)|(cls|class)_?(token|embed)", re.IGNORECASE)
 
 
 def _feed_forward_linears(block: nn.Module) -> list[tuple[str, nn.Module]]:

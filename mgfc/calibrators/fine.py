@@ -49,7 +49,7 @@ class FineCalib(nn.Module):
         # Not F.pad(mode="replicate"), whose backward gets other strides than torch.compile's inductor expects.
         maps = torch.cat([maps[:, :, :1]] * pad + [maps] + [maps[:, :, -1:]] * pad, dim=2)
         maps = torch.cat([maps[..., :1]] * pad + [maps] + [maps[..., -1:]] * pad, dim=3)
-        return F.conv2d(maps, self.kernel.unsqueeze(1), groups=tokens.shape[-1]).flatten(2).mT
+        return F.conv2d(maps, self.kernel.unsqueeze(1), groups=tokens.shape[-1]).flatten(2).transpose(-2, -1)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], record: dict[str, Tensor] | None = None) -> Tensor:
         """Refines patch tokens.

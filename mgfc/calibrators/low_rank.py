@@ -52,11 +52,11 @@ class LowRank(nn.Module):
             H of these channels, (..., channels), in the dtype of `output`.
         """
         dtype = output.dtype
-        reduced = tokens.to(dtype).flatten(0, -2) @ self.down.to(dtype).mT
+        reduced = tokens.to(dtype).flatten(0, -2) @ self.down.to(dtype).transpose(-2, -1)
         if record is not None:
             record["scene"] = reduced.view(len(tokens), -1, reduced.shape[-1]).mean(dim=1).to(self.down.dtype)
         up = self.up[channels].to(dtype)
-        return torch.addmm(output.flatten(0, -2), reduced, up.mT, alpha=self.SCALE).view_as(output)
+        return torch.addmm(output.flatten(0, -2), reduced, up.transpose(-2, -1), alpha=self.SCALE).view_as(output)
 
     def weight(self, channels: slice = slice(None)) -> Tensor:
         """What the adapter adds to the weight of the linear layer, or to some of its rows: (hidden, entry)."""

@@ -85,7 +85,7 @@ class MediumCalib(SourceCalib):
         shares, sums, squares = value[:, :1], value[:, 1 : dim + 1], value[:, dim + 1 :]
         prototypes, mean = _centroids(shares, sums), sums.sum(dim=0)
         variance = _centroids(shares, squares) - prototypes.square()
-        directions = F.normalize(prototypes - mean, dim=-1).mT / self.temperature
+        directions = F.normalize(prototypes - mean, dim=-1).transpose(-2, -1) / self.temperature
         return _Source(prototypes, mean, variance.clamp_min(EPS), directions)
 
     def assign(self, tokens: Tensor) -> Tensor:

@@ -13,17 +13,21 @@ class ReinShared(nn.Module):
 
     Args:
         dim: channels C of the tokens.
+        use_softmax: whether similarities pass a softmax.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, use_softmax: bool = True) -> None:
         super().__init__()
+        self.use_softmax = use_softmax
         self.token_to_feature = PlainLinear(dim, dim)
         self.delta = PlainLinear(dim, dim, zero=True)
         self.scale = nn.Parameter(torch.tensor(0.001))
 
     def forward(self, tokens: Tensor, learnt: Tensor) -> Tensor:
         """What a block adds, s ((X + D) W_d + b_d): X (B, N, C) and T (m, C) -> (B, N, C)."""
-        similarity = (tokens @ learnt.mT * tokens.shape[-1] ** -0.5).softmax(dim=-1)
+        similarity = tokens @ learnt.transpose(-2, -1)
+        if self.use_softmax:
+            similarity = (similarity * tokens.shape[-1] ** -0.5).softmax(dim=-1)
         retrieved = similarity[..., 1:] @ self.token_to_feature(learnt[1:])
         added: Tensor = self.scale * self.delta(tokens + retrieved)
         return added
@@ -34,7 +38,7 @@ class ReinCalib(nn.Module):
 
     With patch tokens X and m learnt tokens T, which are A B of low rank r, or stand by themselves:
 
-        S = softmax(X T^T / sqrt C);   D = S[:, 1:] (T[1:] W_t + b_t);   X <- X + s ((X + D) W_d + b_d)
+        S = softmax(X T^T / sqrt C), or X T^T;   D = S[:, 1:] (T[1:] W_t + b_t);   X <- X + s ((X + D) W_d + b_d)
 
     W_t, b_t, W_d, b_d and s are shared by all blocks. W_d and b_d are 0 at initialisation: the module starts as the
     identity. Rein's link to the queries of a head is no part of it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ _LINK = ("transform.", "merge.")
 _MAX_DEPTH = 256
 
 
-def convert_rein(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str]) -> Adapter:
+def convert_rein(checkpoint: str | os.PathLike[str], directory: str | os.PathLike[str], *, use_softmax: bool = True) -> Adapter:
     """Turns a Rein checkpoint into an adapter's directory, for the same backbone in timm or Transformers, at any resolution.
 
     The adapter computes Rein's function, block by block. Tensors of the checkpoint's head are kept as they are, in
@@ -42,6 +41,7 @@ def convert_rein(checkpoint: str | os.PathLike[str], directory: str | os.PathLik
     Args:
         checkpoint: with keys `backbone.reins.*`, of the full or the low-rank form.
         directory: made if missing.
+        use_softmax: False for a checkpoint that was trained with Rein's `use_softmax=False`, which its keys do not tell.
 
     Returns:
         The adapter that was written.
@@ -55,7 +55,7 @@ def convert_rein(checkpoint: str | os.PathLike[str], directory: str | os.PathLik
     reins = {_REINS.sub("", key): value for key, value in state.items() if _REINS.match(key)}
     link = {f"reins.{key}": reins.pop(key) for key in list(reins) if key.startswith(_LINK)}
     head = {key.removeprefix(_HEAD): value for key, value in state.items() if key.startswith(_HEAD)} | link
-    adapter = _build(reins, path)
+    adapter = _build(reins, path, use_softmax)
     depth, dim = len(adapter.layers), adapter.maps.delta.in_features if adapter.maps else 0
     backbone = {
         "library": None,
@@ -74,9 +74,11 @@ def convert_rein(checkpoint: str | os.PathLike[str], directory: str | os.PathLik
     return adapter
 
 
-def _build(reins: Mapping[str, Tensor], path: Path) -> Adapter:
+def _build(reins: dict[str, Tensor], path: Path, use_softmax: bool) -> Adapter:
     """The adapter that the keys after `reins.` describe."""
     expected = "expected the keys of a Rein adapter (backbone.reins.learnable_tokens or ..._a and ..._b, scale, mlp_*)"
+    if any(key.startswith("mlp_delta_f.") for key in reins):
+        reins.setdefault("scale", torch.tensor(1.0))  # trained with zero_mlp_delta_f=True, which has none
     low_rank = "learnable_tokens_a" in reins
     tokens = reins.get("learnable_tokens_a" if low_rank else "learnable_tokens")
     basis = reins.get("learnable_tokens_b") if low_rank else None
@@ -99,7 +101,7 @@ def _build(reins: Mapping[str, Tensor], path: Path) -> Adapter:
         raise AdapterFileError(f"{path}: {expected} of shapes that fit and at most {_MAX_DEPTH} blocks, found {where}.")
     try:
         with torch.device("meta"):
-            config = ReinConfig(num_tokens, width if low_rank else None)
+            config = ReinConfig(num_tokens, width if low_rank else None, use_softmax=use_softmax)
             adapter = Adapter(config, [BlockWidths(dim, dim, 4 * dim)] * depth)
     except ConfigError as error:
         raise AdapterFileError(f"{path}: {error}") from None

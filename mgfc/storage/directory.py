@@ -70,18 +70,15 @@ def save(
         AdapterNotFoundError: if the directory cannot be written; an adapter of before stays whole.
 
     Warns:
-        UserWarning: if the calibrators were trained, but in eval mode, so that their statistics are empty.
+        UserWarning: if the calibrators learnt nothing, or their statistics are empty.
     """
     described = None if head is None else {"class": type(head).__name__, "arguments": getattr(head, "arguments", None)}
     notes: dict[str, Any] = {"head": described, "training": training, "license": license, "has_peft": with_peft}
     check_notes(training or {})
     with gathered(tower.root, head):
-        if adapter.num_batches == 0 and adapter.learnt:
-            warnings.warn(
-                "The calibrators were trained, but their statistics have seen no batch, so that coarse and medium calibration "
-                "have no effect. Gather them before you save: `with calibration.observing(): ...` over images of the source.",
-                stacklevel=3,
-            )
+        problem = adapter.problem
+        if problem is not None:
+            warnings.warn(f"{problem} It is saved as it is.", stacklevel=3)
         backbone = describe(tower) | ({} if base_model is None else {"base_model": base_model})
         peft_files = files_of_peft(tower.root) if with_peft else NO_FILES
         write(Path(directory), adapter, describe_adapter(adapter.config, backbone, **notes), head, peft_files)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgfc._version import __version__
-from mgfc.config import AdapterConfig, method_of
-from mgfc.config import read_config as read_calibration
+from mgfc.config import AdapterConfig, MGFCConfig, ReinConfig, expect
 from mgfc.errors import AdapterFileError, ConfigError
 from mgfc.storage.legacy import upgrade_calibration
 from mgfc.storage.parsing import MAX_JSON_BYTES, parse_json, read_json, shorten
@@ -19,6 +18,7 @@ FORMAT_VERSION = 2
 CONFIG, WEIGHTS, HEAD, CARD = "config.json", "model.safetensors", "head.safetensors", "README.md"
 # What an adapter and the backbone that it is loaded for must have in common.
 MUST_MATCH = ("depth", "embed_dim", "patch_size", "num_prefix_tokens")
+METHODS: dict[str, type[MGFCConfig] | type[ReinConfig]] = {"mgfc": MGFCConfig, "rein": ReinConfig}
 _MAX_SIZE = 1 << 20  # of anything about a backbone
 _CHECKSUM = re.compile("[0-9a-f]{64}")
 
@@ -46,7 +46,7 @@ def describe_adapter(
         "library_name": "mgfc",
         "format_version": FORMAT_VERSION,
         "mgfc_version": __version__,
-        "method": method_of(config),
+        "method": _method_of(config),
         "calibration": config.to_dict(),
         "peft": has_peft,
         "head": head,
@@ -170,6 +170,21 @@ def calibration_of(content: Mapping[str, Any], path: Path) -> AdapterConfig:
     if content["format_version"] == 1 and method == "mgfc":
         values = upgrade_calibration(values)
     try:
-        return read_calibration(method, values)
+        return _read_calibration(method, values)
     except ConfigError as error:
         raise AdapterFileError(f"{path}: {error}") from None
+
+
+def _read_calibration(method: object, values: Mapping[str, Any]) -> AdapterConfig:
+    """The configuration that a file holds: the name of its method, and the dict form.
+
+    Raises:
+        ConfigError: if there is no such method, or the dict is not one of its configurations.
+    """
+    expect(isinstance(method, str) and method in METHODS, "method", f"one of {', '.join(METHODS)}", method)
+    return METHODS[str(method)].from_dict(values)
+
+
+def _method_of(config: AdapterConfig) -> str:
+    """The name of a configuration's method."""
+    return next(name for name, kind in METHODS.items() if isinstance(config, kind))
