@@ -111,5 +111,5 @@ def _inside(images: Tensor) -> Tensor:
 
 def _between(filled: Tensor) -> Tensor:
     """What lies between the first and the last true value of each row, both included: (B, N) -> (B, N)."""
-    counts = filled.cumsum(dim=1)
+    counts = filled.long().cumsum(dim=1)
     return (counts > 0) & (counts < counts[:, -1:]) | filled
