@@ -151,7 +151,7 @@ class Attachment(Adapters):
         super().train(mode)
         if "_backbone" in self.__dict__:
             self._follow()
-            self.settle()
+            self._settle()
         if self._frozen is not None:
             self._frozen.hold(self.backbone)
         if self.peft_guard is None:
@@ -164,12 +164,12 @@ class Attachment(Adapters):
             self.peft_guard = peft.guard()
         return self
 
-    def put(self, name: str, adapter: Adapter) -> None:
+    def _add(self, name: str, adapter: Adapter) -> None:
         """Registers an adapter beside the others, on the devices of the backbone."""
         self._values[name] = placement.place(adapter, self.tower)
         self._put(name, adapter)
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Sees to it that calibrators have values and lie where their blocks compute, whatever was done to the model.
 
         Raises:
@@ -190,7 +190,7 @@ class Attachment(Adapters):
         self._follow()
         if self._hooked is not None:
             self._hooked.require_present()
-        self.settle()
+        self._settle()
         self._spare.clear()
 
     def _follow(self) -> None:
@@ -247,4 +247,4 @@ class Attachment(Adapters):
 def _settle_loaded(calibration: nn.Module, incompatible: Any) -> None:
     """After a state dict, which may have brought values to a model that had none."""
     if isinstance(calibration, Attachment) and "_backbone" in calibration.__dict__:
-        calibration.settle()
+        calibration._settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import Dinov2Config, Dinov2Model, Trainer, TrainingArguments
 from zoo import CASES
 
-from mgfc import FeatureMaps, MGFCConfig, SegmentationHead, get_calibration, wrap_backbone
+from mgfc import CalibrationError, FeatureMaps, MGFCConfig, SegmentationHead, get_calibration, wrap_backbone
 
 CONFIG = MGFCConfig(rank=4)
 SIZES = {**helpers.SIZES, "num_classes": 0}
@@ -314,3 +315,44 @@ def test_transformers_trainer_resumes_where_it_was(tmp_path: Path) -> None:
     resumed = train(str(tmp_path / "checkpoint-2"))
     assert any(value.any() for name, value in through.items() if name.endswith("low_rank.up"))
     assert all(torch.equal(value, through[name]) for name, value in resumed.items())
+
+
+def test_a_host_that_runs_the_parts_of_a_block_is_told_what_is_reached() -> None:
+    """The original EoMT's way: low-rank adapters train, the stages behind a block see nothing."""
+
+    class Eomt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = wrap_backbone(timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, **SIZES), CONFIG)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.backbone.patch_embed(images).flatten(1, 2)
+            for block in self.backbone.blocks:
+                x = x + block.ls1(block.attn(block.norm1(x)))
+                x = x + block.ls2(block.mlp(block.norm2(x)))
+            return x
+
+    net, images = Eomt(), torch.randn(1, 3, 32, 48)
+    calibration = get_calibration(net)
+    with pytest.raises(CalibrationError, match="low-rank adapters have an effect, but the stages behind a block have none"):
+        calibration.check(images, model=net)
+    net(images).square().mean().backward()
+    assert all(layer.low_rank.up.grad.any() for layer in calibration.layers.values())
+    with pytest.warns(UserWarning, match=r"the last forward of a host called none .* Give it the host"):
+        assert len(calibration.check(images)) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibration.check(images)  # of a forward of the backbone itself there is nothing to say
+
+
+def test_an_adapter_of_the_authors_dinov3_moves(tmp_path: Path) -> None:
+    """Its storage tokens count as prefix tokens, as in timm's form and Transformers'."""
+    own = build("authors-DinoVisionTransformer-dinov3").build()
+    wrap_backbone(own, CONFIG)
+    randomise(own.calibration)
+    own.calibration.save_pretrained(tmp_path)
+    other = timm.create_model("vit_small_patch16_dinov3", **SIZES | {"mlp_ratio": 2.0})
+    with pytest.warns(UserWarning, match="other weights"):
+        wrap_backbone(other, tmp_path)
+    assert same(other.calibration.state_dict(), own.calibration.state_dict())
+    assert [report.leading for report in other.calibration.check(torch.randn(1, 3, 32, 32))] == [5, 5, 5]

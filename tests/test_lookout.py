@@ -186,7 +186,7 @@ def test_saves_and_summaries_tell_the_state(tmp_path: Path, capsys: pytest.Captu
     with told() as messages:
         calibration.save_pretrained(tmp_path)
     assert "as they were made, without an effect: nothing trained them" in messages()
-    assert "no statistics: coarse and medium calibration have no effect" in calibration.summary()
+    assert "statistics of 0 batches: coarse and medium calibration have no effect" in calibration.summary()
     assert main(["info", str(tmp_path)]) == 0
     assert "statistics   of 0 batches; coarse and medium calibration have no effect" in capsys.readouterr().out
     train(FrozenEncoder())
