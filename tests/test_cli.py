@@ -320,7 +320,7 @@ def test_convert_rein(tmp_path: Path, capsys: Capture) -> None:
     torch.save(checkpoint(True), tmp_path / "rein.pth")
     status, found = as_json(capsys, "convert-rein", str(tmp_path / "rein.pth"), str(tmp_path / "out"))
     assert status == 0
-    assert found["calibration"] == {"num_tokens": 7, "token_rank": 4, "layers": "all"}
+    assert found["calibration"] == {"num_tokens": 7, "token_rank": 4, "layers": "all", "use_softmax": True}
     assert main(["info", str(tmp_path / "out")]) == 0
     assert "rein: num_tokens 7, token_rank 4" in capsys.readouterr().out
     assert main(["convert-rein", str(tmp_path / "nothing.pth"), str(tmp_path / "out")]) == 1
