@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,9 +185,9 @@ def test_saves_and_summaries_tell_the_state(tmp_path: Path, capsys: pytest.Captu
     with told() as messages:
         calibration.save_pretrained(tmp_path)
     assert "as they were made, without an effect: nothing trained them" in messages()
-    assert "statistics of 0 batches: coarse and medium calibration have no effect" in calibration.summary()
+    assert "statistics of no batch yet: coarse and medium calibration have no effect" in calibration.summary()
     assert main(["info", str(tmp_path)]) == 0
-    assert "statistics   of 0 batches; coarse and medium calibration have no effect" in capsys.readouterr().out
+    assert "statistics of no batch yet: coarse and medium calibration have no effect" in capsys.readouterr().out
     train(FrozenEncoder())
     eval_only = FrozenEncoder()
     train(eval_only)
@@ -200,7 +199,7 @@ def test_saves_and_summaries_tell_the_state(tmp_path: Path, capsys: pytest.Captu
         calibration.save_pretrained(tmp_path)
     assert messages() == ""
     assert "statistics of 3 batches" in calibration.summary() and "frozen" not in calibration.summary()
-    assert main(["info", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["batches"] == 3
+    assert main(["info", str(tmp_path)]) == 0
+    assert "statistics of 3 batches" in capsys.readouterr().out
     model.backbone.requires_grad_(False)
     assert "The parameters are frozen" in calibration.summary()

@@ -116,27 +116,29 @@ def first_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | Non
     return None
 
 
-def stem_hooks(root: nn.Module, blocks: Iterable[str], tracker: GridTracker) -> None:
-    """Registers the tracker outside the blocks of a tower."""
+def stem_hooks(root: nn.Module, blocks: Iterable[str], tracker: GridTracker) -> list[Any]:
+    """Registers the tracker outside the blocks of a tower; returns the removable handles."""
     if type(root).__name__ in MASKED:
-        return
+        return []
     inside = tuple(name + "." for name in blocks)
+    handles: list[Any] = []
     is_first = True
     for name, module in root.named_modules():
         if (name + ".").startswith(inside):
             continue
         if "PatchDropout" in type(module).__name__:
-            module.register_forward_hook(tracker.observe_dropping)
+            handles.append(module.register_forward_hook(tracker.observe_dropping))
             continue
         sees_maps, sees_images = isinstance(module, _STEM), is_pair(getattr(module, "patch_size", None))
         if (sees_maps or sees_images) and is_first:
             # Sizes of earlier forwards would otherwise be part of what torch.compile specialises on.
-            module.register_forward_pre_hook(tracker.forget)
+            handles.append(module.register_forward_pre_hook(tracker.forget))
             is_first = False
         if sees_maps:
-            module.register_forward_hook(tracker.observe_map)
+            handles.append(module.register_forward_hook(tracker.observe_map))
         elif sees_images:
-            module.register_forward_pre_hook(tracker.observe_image, with_kwargs=True)
+            handles.append(module.register_forward_pre_hook(tracker.observe_image, with_kwargs=True))
+    return handles
 
 
 def _is_number(value: Any) -> bool:

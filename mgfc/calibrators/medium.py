@@ -152,7 +152,7 @@ class MediumCalib(SourceCalib):
 def _gather(tokens: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
     """The q and q c of each image, from X and A: (B, K, 1), (B, K, C)."""
     with torch.autocast(tokens.device.type, enabled=False):
-        sums = assignment.mT @ tokens.to(assignment.dtype) / tokens.shape[1]
+        sums = assignment.transpose(-2, -1) @ tokens.to(assignment.dtype) / tokens.shape[1]
     return assignment.mean(dim=1).unsqueeze(-1), sums
 
 

@@ -25,7 +25,7 @@ def statistics_in_words(num_batches: int | None, is_observed: bool) -> str | Non
         is_observed: whether they were gathered after training, in one pass over the source.
     """
     if not num_batches:
-        return None if num_batches is None else "statistics of no batch yet"
+        return None if num_batches is None else "statistics of no batch yet: coarse and medium calibration have no effect"
     return f"statistics of {num_batches} batches, gathered {'after' if is_observed else 'during'} training"
 
 
