@@ -205,6 +205,7 @@ def pages() -> dict[Path, str]:
     benchmark = {"benchmark": measured.pop("summary"), "gains": measured.pop("gains")}
     parts = {
         ROOT / "README.md": {"supported": summary(), "results": results(), **benchmark},
+        docs / "index.md": {"gains": benchmark["gains"]},
         docs / "supported-backbones.md": {
             "plain": full_table(1),
             "others": full_table(2),
