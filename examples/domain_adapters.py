@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from train_minimal import build_optimizer
 
-from mgfc import FeatureMaps, load_head, wrap_backbone
+from mgfc import FeatureMaps, get_calibration, load_head, wrap_backbone
 
 ADAPTER = Path(__file__).parent / "adapter"
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     args = parse_arguments(arguments)
     torch.manual_seed(args.seed)
     vit = wrap_backbone(load_dinov2_small(args.backbone), args.adapter)
-    calibration = vit.calibration
+    calibration = get_calibration(vit)
     head = load_head(args.adapter).requires_grad_(False)
     model = nn.Sequential(FeatureMaps(vit, out_indices=(2, 5, 8, 11)), head)
 

@@ -18,10 +18,10 @@ import torch
 from backbone import load_dinov2_small
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from streets import CLASSES, PALETTE, load_bare_head, normalise
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mgfc import FeatureMaps, MGFCError, load_head, wrap_backbone
+from mgfc import FeatureMaps, MGFCError, get_calibration, load_head, wrap_backbone
 from mgfc.viz.files import model_size, read_image
 
 HERE = Path(__file__).parent
@@ -93,9 +93,10 @@ class Segmenter:
         self.head = load_head(adapter).eval()
         self.bare_head = None if bare is None else load_bare_head(bare).eval()
         for name, head in (("adapter", self.head), ("bare", self.bare_head)):
-            if head is not None and head.classify.out_channels != len(CLASSES):
+            if head is not None and head.get_submodule("classify").out_channels != len(CLASSES):
                 raise ValueError(f"--{name}: expected a head of the {len(CLASSES)} classes of streets.py.")
-        self.vit = wrap_backbone(load_dinov2_small(backbone), adapter).eval()
+        self.vit: nn.Module = wrap_backbone(load_dinov2_small(backbone), adapter)
+        self.vit.eval()
         self.maps = FeatureMaps(self.vit, out_indices=(2, 5, 8, 11))
 
     @torch.inference_mode()
@@ -104,7 +105,7 @@ class Segmenter:
         pixels = normalise(image.resize(model_size(image.size, side, PATCH), Image.Resampling.BICUBIC)).unsqueeze(0)
         found = {"with calibrators": _classes(self.head(self.maps(pixels)), image)}
         if self.bare_head is not None:
-            with self.vit.calibration.disabled():
+            with get_calibration(self.vit).disabled():
                 found["bare backbone"] = _classes(self.bare_head(self.maps(pixels)), image)
         return found
 

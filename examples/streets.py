@@ -84,7 +84,7 @@ class TrainingCrops(Dataset[tuple[Tensor, Tensor]]):
         stop: the item after the last.
     """
 
-    def __init__(self, scenes: Sequence[Pair], size: tuple[int, int], seed: int, start: int, stop: int) -> None:
+    def __init__(self, scenes: Sequence[Pair] | StreetScenes, size: tuple[int, int], seed: int, start: int, stop: int) -> None:
         self.scenes, self.size, self.seed = scenes, size, seed
         self.items = range(start, stop)
 

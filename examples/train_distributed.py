@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mgfc import FeatureMaps, SegmentationHead, wrap_backbone
+from mgfc import FeatureMaps, SegmentationHead, get_calibration, wrap_backbone
 
 NUM_CLASSES = 19
 
@@ -40,14 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     torch.manual_seed(0)  # the same calibrators and head everywhere
     vit = wrap_backbone(timm.create_model(args.model, dynamic_img_size=True))
-    depth = len(vit.blocks)
+    calibration, blocks = get_calibration(vit), vit.get_submodule("blocks")
+    depth = len(list(blocks.children()))
     maps = FeatureMaps(vit, (depth // 2, depth - 1))
     model: nn.Module = nn.Sequential(maps, SegmentationHead(maps.channels, NUM_CLASSES)).to(device)
     if args.engine == "ddp":
         model = DistributedDataParallel(model)
     else:
         mesh = dist.device_mesh.init_device_mesh(device, (dist.get_world_size(),))
-        for block in vit.blocks:  # the calibrators belong to the root
+        for block in blocks.children():  # the calibrators belong to the root
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -57,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         images = torch.randn(2, 3, *args.size, generator=draw).to(device)
         labels = torch.randint(NUM_CLASSES, (2, *args.size), generator=draw).to(device)
         logits = F.interpolate(model(images), size=args.size, mode="bilinear", align_corners=False)
-        loss = F.cross_entropy(logits, labels) + vit.calibration.loss(labels)
+        loss = F.cross_entropy(logits, labels) + calibration.loss(labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if dist.get_rank() == 0:
             print(f"step {step}: {loss.item():.3f}")
-    vit.calibration.save_pretrained(args.out)  # on all processes; the first one writes
+    calibration.save_pretrained(args.out)  # on all processes; the first one writes
     dist.barrier()
     dist.destroy_process_group()
 

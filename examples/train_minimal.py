@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mgfc import FeatureMaps, SegmentationHead, wrap_backbone
+from mgfc import FeatureMaps, SegmentationHead, get_calibration, wrap_backbone
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -88,7 +88,7 @@ def train(model: nn.Sequential, vit: nn.Module, args: argparse.Namespace, checkp
         logits = F.interpolate(model(images), size=labels.shape[1:], mode="bilinear", align_corners=False)
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE)
         if not args.bare:
-            loss = loss + vit.calibration.loss(labels)
+            loss = loss + get_calibration(vit).loss(labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     start = time.perf_counter()
     train(model, vit, args, checkpoint)
     if not args.bare:
-        with vit.calibration.observing():  # the source's statistics, of whole images and by the model as it is now
+        with get_calibration(vit).observing():  # the source's statistics, of whole images and by the model as it is now
             for image in tqdm(observed(StreetScenes(args.data, "train"), args.observe, SIZE, args.seed), desc="observing"):
                 model[0](image)
     minutes = (time.perf_counter() - start) / 60
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if args.bare:
         save_bare_head(head, args.out, training)
     else:
-        vit.calibration.save_pretrained(args.out, head=head, training=training, base_model=HUB_ID)
+        get_calibration(vit).save_pretrained(args.out, head=head, training=training, base_model=HUB_ID)
     checkpoint.unlink()
     print(f"Written: {args.out}")
     return metrics

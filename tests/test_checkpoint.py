@@ -726,7 +726,7 @@ if os.environ["ACTION"] == "save":
     assert not loaded("timm", "transformers", "peft"), sys.modules.keys()
 else:
     wrap_backbone(Vit(), {str(saved)!r})
-    assert not loaded("huggingface_hub", "timm", "transformers", "peft", "httpx"), sys.modules.keys()
+    assert not loaded("huggingface_hub", "timm", "transformers", "peft", "httpx", "httpx2"), sys.modules.keys()
 """
     for action in ("save", "load"):
         result = run_python(code, ACTION=action, PYTHONPATH=str(Path(__file__).parents[1]))

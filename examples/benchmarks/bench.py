@@ -93,7 +93,7 @@ class Bench:
         dtype = torch.float32 if self.case.precision == "fp32" else torch.bfloat16
         rows, dim = self.case.batch * self.case.grid[0] * self.case.grid[1], MODELS[self.case.model][0]
         rate = measures.matrix_rate(self.device, dtype, min(rows, 16384), dim)
-        return self.static["matrix_bytes"] / measures.copy_rate(self.device) + self.static["flops"] / rate
+        return float(self.static["matrix_bytes"] / measures.copy_rate(self.device) + self.static["flops"] / rate)
 
 
 def compare(own: Bench, bare: Bench, args: argparse.Namespace) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -56,7 +57,7 @@ def mgfc_late(vit: nn.Module) -> None:
     wrap_backbone(vit, MGFCConfig(layers="last:4"))
 
 
-def lora(vit: nn.Module, rank: int = 8, **options: bool) -> None:
+def lora(vit: Any, rank: int = 8, **options: Any) -> None:
     """LoRA on every linear layer of the blocks, by `peft`; their names differ between versions of Transformers."""
     linears = {name.rsplit(".")[-1] for name, layer in vit.encoder.named_modules() if isinstance(layer, nn.Linear)}
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(linears), **options)
@@ -68,7 +69,7 @@ def dora(vit: nn.Module) -> None:
     lora(vit, use_dora=True)
 
 
-def fuse(vit: nn.Module) -> None:
+def fuse(vit: Any) -> None:
     """Puts mgfc's adapter into the frozen weights, where this version of mgfc can."""
     calibration = vit.calibration
     if hasattr(calibration, "fuse"):
@@ -143,9 +144,9 @@ class Subject(nn.Module):
         NotAvailable: if this version of mgfc has no such form.
     """
 
-    def __init__(self, contender: Contender, backbone: nn.Module, figure: str, precision: str) -> None:
+    def __init__(self, contender: Contender, backbone: Any, figure: str, precision: str) -> None:
         super().__init__()
-        self.vit = copy.deepcopy(backbone)
+        self.vit: Any = copy.deepcopy(backbone)
         device = next(backbone.parameters()).device
         try:
             contender.adapt(self.vit)
@@ -177,7 +178,8 @@ class Subject(nn.Module):
 
     def _predict(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.head(self.vit(images).last_hidden_state[:, 1:])
+            logits: Tensor = self.head(self.vit(images).last_hidden_state[:, 1:])
+            return logits
 
     def compile_forward(self) -> None:
         """Later calls run what `torch.compile` makes of the forward.
@@ -205,6 +207,7 @@ class Subject(nn.Module):
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Forward, losses, backward, optimiser step; `labels` (B, h, w) on the grid of the patches."""
+        assert self.optimizer is not None, "step is for the figure training"
         loss = F.cross_entropy(self.forward_fn(images).float().flatten(0, 1), labels.flatten())
         if hasattr(self.vit, "calibration"):
             loss = loss + self.vit.calibration.loss(labels)

@@ -137,11 +137,12 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
         return math.nan
     logs = [(math.log(x), math.log(y)) for x, y in points]
     mean_x, mean_y = (sum(column) / len(logs) for column in zip(*logs, strict=True))
-    return sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+    slope: float = sum((x - mean_x) * (y - mean_y) for x, y in logs) / sum((x - mean_x) ** 2 for x, _ in logs)
+    return slope
 
 
 def tokens(record: Record) -> float:
-    height, width = record["case"]["size"]
+    height, width = map(int, record["case"]["size"])
     return height // 14 * (width // 14)
 
 

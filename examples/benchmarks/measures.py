@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-Run = Callable[[], None]
+Run = Callable[[], object]
 aten = torch.ops.aten
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = "wall"
@@ -30,11 +30,11 @@ _START = time.monotonic()
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kw: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
 # PyTorch counts attention on a GPU alone.
@@ -61,16 +61,16 @@ def seconds(run: Run, device: torch.device) -> float:
     """Of one run, from an idle device until its result is there: by events on a GPU."""
     if device.type != "cuda":
         clock = CLOCKS[_clock]
-        start = clock()
+        began = clock()
         run()
-        return clock() - start
+        return clock() - began
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
     run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end) / 1e3)
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -110,7 +110,7 @@ class _Tally(TorchDispatchMode):
     """Counts operators that compute, and the bytes that matrix products, attention and convolutions read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators = 0
         self.bytes = 0
 

@@ -14,13 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mgfc import wrap_backbone
+from mgfc import get_calibration, wrap_backbone
 from mgfc.storage.tensors import read_tensors
 
 HEAVY = ("timm", "transformers", "peft", "huggingface_hub")
@@ -57,12 +59,12 @@ def wrapping(repetitions: int = 3) -> None:
             start = time.perf_counter()
             vit = timm.create_model("vit_large_patch14_dinov2", num_classes=0)
             builds.append(time.perf_counter() - start)
-            wraps.append(seconds(lambda vit=vit: wrap_backbone(vit)))
-            vit.calibration.save_pretrained(directory)
+            wraps.append(seconds(partial(wrap_backbone, vit)))
+            get_calibration(vit).save_pretrained(directory)
             bare = timm.create_model("vit_large_patch14_dinov2", num_classes=0)
             bare.load_state_dict({k: v for k, v in vit.state_dict().items() if not k.startswith("calibration.")})
             reads.append(seconds(lambda: read_tensors(Path(directory) / "model.safetensors")))
-            loads.append(seconds(lambda bare=bare: wrap_backbone(bare, directory)))
+            loads.append(seconds(partial(wrap_backbone, bare, directory)))
         share = 100 * statistics.median(wraps) / statistics.median(builds)
         row(
             "`wrap_backbone` on a ViT-L / building it in timm",
@@ -71,7 +73,7 @@ def wrapping(repetitions: int = 3) -> None:
         )
         extra = 1000 * statistics.median(a - b for a, b in zip(loads, reads, strict=True))
         row("loading an adapter for it, beyond reading the file", f"{extra:.0f} ms", "<= 100 ms")
-        content = 4 * sum(value.numel() for value in vit.calibration.state_dict().values())
+        content = 4 * sum(value.numel() for value in get_calibration(vit).state_dict().values())
         size = (Path(directory) / "model.safetensors").stat().st_size - content
         everything = sum(path.stat().st_size for path in Path(directory).iterdir()) - content
         row(
@@ -86,12 +88,12 @@ def parameters() -> None:
         with torch.device("meta"):
             vit = timm.create_model(f"vit_{name}_patch14_dinov2", num_classes=0)
         total = sum(parameter.numel() for parameter in vit.parameters())
-        own = wrap_backbone(vit).calibration.num_parameters
+        own = get_calibration(wrap_backbone(vit)).num_parameters
         row(f"trainable parameters, ViT-{name[0].upper()}/14", f"{own:,} = {100 * own / total:.2f} %", f"<= {target} %")
 
 
 def passes(repetitions: int = 7) -> None:
-    vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518, dynamic_img_size=True).eval()
+    vit: Any = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518, dynamic_img_size=True).eval()
     wrap_backbone(vit)
     images = torch.randn(1, 3, 252, 448)
 
@@ -100,13 +102,13 @@ def passes(repetitions: int = 7) -> None:
             vit.forward_features(images)
 
     def bare() -> None:
-        with vit.calibration.disabled():
+        with get_calibration(vit).disabled():
             forward()
 
     def flops(run: Callable[[], None]) -> int:
         with FlopCounterMode(display=False) as counter:
             run()
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     more, less = flops(forward), flops(bare)
     row("FLOPs of the same forward", f"{more / 1e9:.2f} / {less / 1e9:.2f} G = {more / less:.3f}", "<= 1.05")

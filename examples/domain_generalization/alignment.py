@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ class FeatureStatistics:
 @contextmanager
 def aligned_statistics(model: nn.Sequential, source: Scenes) -> Iterator[nn.Sequential]:
     """Within it, the model's tokens are aligned with the source's."""
-    alignment = FeatureStatistics(model[0].backbone.encoder.layer)
+    backbone: Any = model[0].backbone
+    alignment = FeatureStatistics(backbone.encoder.layer)
     try:
         alignment.observing = True
         with torch.inference_mode():
@@ -90,6 +92,9 @@ class ClassConditionalHead(nn.Module):
         held: (K + 1,), whether the source has the class.
     """
 
+    means: Tensor
+    held: Tensor
+
     def __init__(self, head: nn.Module, means: Tensor, held: Tensor) -> None:
         super().__init__()
         self.head = head
@@ -104,15 +109,16 @@ class ClassConditionalHead(nn.Module):
         found = member.mT @ tokens / member.sum(dim=1).clamp_min(1).unsqueeze(2)
         away = (self.means - found) * self.held.unsqueeze(1)
         moved = tokens + ALPHA * member @ away
-        return self.head([*maps[:-1], moved.mT.unflatten(2, grid)])
+        logits: Tensor = self.head([*maps[:-1], moved.mT.unflatten(2, grid)])
+        return logits
 
 
 @torch.inference_mode()
 def aligned_classes(model: nn.Sequential, source: Scenes) -> nn.Sequential:
     """The model's features, and a head that aligns the classes of an image with the source's."""
-    sums: Tensor | float = 0.0
-    counts: Tensor | float = 0.0
-    for images, labels in batches(source, next(model.parameters()).device):
+    device = next(model.parameters()).device
+    sums, counts = torch.zeros((), device=device), torch.zeros((), device=device)
+    for images, labels in batches(source, device):
         last = model[0](images)[-1]
         member = F.one_hot(patch_classes(labels, tuple(last.shape[2:])).flatten(), K + 1).to(last.dtype)
         sums = sums + member.T @ last.permute(0, 2, 3, 1).flatten(0, 2)

@@ -30,7 +30,7 @@ def frozen(vit: nn.Module) -> None:
     vit.requires_grad_(False)
 
 
-def full(vit: nn.Module) -> None:
+def full(vit: Any) -> None:
     vit.requires_grad_(True)
     vit.embeddings.mask_token.requires_grad_(False)
 
@@ -50,7 +50,7 @@ def dora_all(vit: nn.Module, rank: int = 8) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears(vit), use_dora=True), vit)
 
 
-def soma(vit: nn.Module, rank: int = 8) -> None:
+def soma(vit: Any, rank: int = 8) -> None:
     """SoMA (arXiv 2412.04077): LoRA that starts as the minor singular components of each weight, which leave the weight.
 
     The backbone's function is unchanged at first: W = (W - B A) + B A.
@@ -66,22 +66,22 @@ def soma(vit: nn.Module, rank: int = 8) -> None:
             weight -= layer.lora_B["default"].weight.data @ layer.lora_A["default"].weight.data
 
 
-def rein(vit: nn.Module) -> None:
+def rein(vit: Any) -> None:
     """Rein's low-rank tokens (arXiv 2312.04265)."""
     add_rein(vit, vit.encoder.layer)
 
 
-def adaptformer(vit: nn.Module) -> None:
+def adaptformer(vit: Any) -> None:
     """AdaptFormer (arXiv 2205.13535)."""
     add_adaptformer(vit, vit.encoder.layer)
 
 
-def vpt_deep(vit: nn.Module) -> None:
+def vpt_deep(vit: Any) -> None:
     """VPT-deep (arXiv 2203.12119)."""
     add_prompts(vit, vit.encoder.layer)
 
 
-def haar(vit: nn.Module) -> None:
+def haar(vit: Any) -> None:
     """Tokens for low and high Haar frequencies, after FADA's idea (NeurIPS 2024)."""
     add_haar_tokens(vit, vit.encoder.layer, vit.config.patch_size)
 

@@ -22,8 +22,9 @@ def plot(by_source: Mapping[str, Mapping[str, Sequence[Record]]], titles: Mappin
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = "mgfc"
-    shape = {"figsize": (4 * len(by_source) + 3, 3.6), "layout": "constrained", "squeeze": False}
-    looks = {method: {"marker": marker} for method, marker in zip(titles, "osv^<>DPXhdp*", strict=False)}
+    shape: dict[str, Any] = {"figsize": (4 * len(by_source) + 3, 3.6), "layout": "constrained", "squeeze": False}
+    markers = zip(titles, "osv^<>DPXhdp*", strict=False)
+    looks: dict[str, dict[str, Any]] = {method: {"marker": marker} for method, marker in markers}
     for method, title in titles.items():
         looks[method] |= {"color": "black", "markersize": 9} if title.startswith("**") else {}
     figure, panels = plt.subplots(1, len(by_source), **shape)

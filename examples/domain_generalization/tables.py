@@ -9,10 +9,11 @@ from statistics import mean, median
 
 from domain_generalization import report
 from domain_generalization.domains import SOURCES
+from domain_generalization.inputs import CONTROLS
 from domain_generalization.plan import ABLATIONS, FILES, FOUND_AT_SMALL, SCALES
 from domain_generalization.plot import plot
 from domain_generalization.report import Record
-from domain_generalization.variants import AFTERWARDS, ALIGNMENTS, AS_TRAINED, CONTROLS, WITHOUT
+from domain_generalization.variants import AFTERWARDS, ALIGNMENTS, AS_TRAINED, WITHOUT
 
 OURS = "mgfc"
 OURS_VARIANT = AFTERWARDS  # what mgfc's row of every table is
@@ -96,8 +97,8 @@ def peers_table(runs: Runs) -> str:
 
 def controls_table(runs: Runs) -> str:
     """A row a method: unseen mIoU of each variant of the same trained models."""
-    names = (AS_TRAINED, *CONTROLS, *ALIGNMENTS, AFTERWARDS)
-    names = tuple(name for name in names if any(runs.of(method, name) for method in TITLES))
+    every = (AS_TRAINED, *CONTROLS, *ALIGNMENTS, AFTERWARDS)
+    names = tuple(name for name in every if any(runs.of(method, name) for method in TITLES))
     rows = []
     for method in runs.by_method():
         found = [runs.of(method, name) for name in names]
@@ -241,9 +242,9 @@ def cost_table(runs: Runs) -> str:
         if plain := runs.of(method, AS_TRAINED):
             step, peak = typical(plain, "seconds_per_step"), typical(plain, "peak_memory_mib")
             image, after = (1000 * typical(runs.of(method, v), "seconds_per_image") for v in (AS_TRAINED, AFTERWARDS))
-            controls = [1000 * typical(runs.of(method, name), "control_seconds_per_image") for name in CONTROLS]
+            milliseconds = [1000 * typical(runs.of(method, name), "control_seconds_per_image") for name in CONTROLS]
             figures = [f"{plain[0]['parameters']:,}", f"{step:.2f}", f"{peak:.0f}"]
-            rows.append([TITLES[method], *figures, *(f"{value:.1f}" for value in (image, after, *controls))])
+            rows.append([TITLES[method], *figures, *(f"{value:.1f}" for value in (image, after, *milliseconds))])
     controls = [f"{name}, ms / image" for name in CONTROLS]
     header = ["method", "trained parameters", "s / step", "peak MiB", "ms / image", "ms / image, calibrated", *controls]
     return report.markdown(header, rows)

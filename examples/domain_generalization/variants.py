@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import streets
 from PIL import Image
 from torch import nn
@@ -85,7 +87,7 @@ def photographed_anew(scenes: Scenes, seed: int) -> Scenes:
     """The same scenes with brightness, contrast and colour changed as in training."""
     images = scenes.images.copy()
     for index, image in enumerate(images):
-        images[index] = streets.photographed_anew(Image.fromarray(image), seed, index)
+        images[index] = np.asarray(streets.photographed_anew(Image.fromarray(image), seed, index))
     return Scenes(images, scenes.labels)
 
 
@@ -101,7 +103,7 @@ def score_variant(variant: str, plain: nn.Sequential, settings: Settings, traine
     calibration = getattr(model[0].backbone, "calibration", None)
 
     def mean(name: str) -> float:
-        return round(sum(getattr(found, name) for found in scores.values()) / len(scores), 5)
+        return round(statistics.fmean(getattr(found, name) for found in scores.values()), 5)
 
     return {
         "settings": asdict(settings),

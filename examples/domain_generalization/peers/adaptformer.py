@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,10 +25,11 @@ class ParallelAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.dropout(F.relu(self.down(x)), self.dropout, self.training)
-        return self.scale * self.up(hidden)
+        added: Tensor = self.scale * self.up(hidden)
+        return added
 
 
-def add_adaptformer(vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
+def add_adaptformer(vit: Any, blocks: Sequence[nn.Module]) -> None:
     """Adds what the adapter makes of the MLP branch's input to the block's output."""
     vit.requires_grad_(False)
     vit.adapters = nn.ModuleList(ParallelAdapter(vit.config.hidden_size) for _ in blocks)
@@ -40,5 +42,5 @@ def add_adaptformer(vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
         def add(_block: nn.Module, _args: object, tokens: Tensor, beside: list[Tensor] = beside) -> Tensor:
             return tokens + beside.pop()
 
-        block.norm2.register_forward_pre_hook(branch)
+        block.get_submodule("norm2").register_forward_pre_hook(branch)
         block.register_forward_hook(add, prepend=True)

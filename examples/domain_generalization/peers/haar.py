@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -41,7 +42,8 @@ class BandTokens(nn.Module):
         similarity = band @ tokens.T * band.shape[-1] ** -0.5
         if self.normalise:
             similarity = F.instance_norm(similarity.mT).mT
-        return self.mix(band + similarity.softmax(dim=-1) @ tokens)
+        added: Tensor = self.mix(band + similarity.softmax(dim=-1) @ tokens)
+        return added
 
 
 class HaarTokens(nn.Module):
@@ -66,7 +68,7 @@ class HaarTokens(nn.Module):
         return patches + self.scale * delta.flatten(2).mT
 
 
-def add_haar_tokens(vit: nn.Module, blocks: Sequence[nn.Module], patch_size: int) -> None:
+def add_haar_tokens(vit: Any, blocks: Sequence[nn.Module], patch_size: int) -> None:
     """Refines the patch tokens after each block."""
     vit.requires_grad_(False)
     vit.haar_tokens = HaarTokens(len(blocks), vit.config.hidden_size)

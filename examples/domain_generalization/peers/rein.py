@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,11 @@ class Rein(nn.Module):
         tokens = self.a[layer] @ self.b[layer]
         similarity = (patches @ tokens.T * patches.shape[-1] ** -0.5).softmax(dim=-1)
         drawn = similarity[..., 1:] @ self.token_to_feature(tokens[1:])
-        return patches + self.scale * self.delta(patches + drawn)
+        refined: Tensor = patches + self.scale * self.delta(patches + drawn)
+        return refined
 
 
-def add_rein(vit: nn.Module, blocks: Sequence[nn.Module]) -> None:
+def add_rein(vit: Any, blocks: Sequence[nn.Module]) -> None:
     """Refines the patch tokens after each block."""
     vit.requires_grad_(False)
     vit.rein = Rein(len(blocks), vit.config.hidden_size, patch_size=vit.config.patch_size)

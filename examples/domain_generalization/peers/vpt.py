@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def add_prompts(vit: nn.Module, blocks: Sequence[nn.Module], count: int = 20) -> None:
+def add_prompts(vit: Any, blocks: Sequence[nn.Module], count: int = 20) -> None:
     """Each block sees `count` prompts of its own beside the tokens; what becomes of them is dropped after it."""
     vit.requires_grad_(False)
     bound = math.sqrt(6 / (3 * vit.config.patch_size**2 + vit.config.hidden_size))
