@@ -96,7 +96,7 @@ class Segmenter:
             if head is not None and head.get_submodule("classify").out_channels != len(CLASSES):
                 raise ValueError(f"--{name}: expected a head of the {len(CLASSES)} classes of streets.py.")
         self.vit: nn.Module = wrap_backbone(load_dinov2_small(backbone), adapter)
-        self.vit.eval()
+        self.vit.eval()  # type: ignore[no-untyped-call]
         self.maps = FeatureMaps(self.vit, out_indices=(2, 5, 8, 11))
 
     @torch.inference_mode()

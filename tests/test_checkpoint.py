@@ -9,6 +9,7 @@ import os
 import pkgutil
 import shutil
 import struct
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -333,6 +334,8 @@ class Interruption(BaseException):
 
 STEPS = ("os.replace", "os.fsync", "os.mkdir", "os.rmdir", "os.unlink", "pathlib.Path.write_bytes")
 STEPS += ("safetensors.torch.save",)
+if sys.version_info < (3, 11):  # its pathlib holds the functions of `os` that it found when it was imported
+    STEPS = tuple(step for step in STEPS if step not in ("os.mkdir", "os.rmdir"))
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import timm
 import torch
+from packaging.version import Version
 from tiny import calibrated, tiny_dinov2, tiny_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -230,6 +232,8 @@ def timm_checkpointing(model: nn.Module, reentrant: bool) -> None:
 
 
 def transformers_checkpointing(model: nn.Module, reentrant: bool) -> None:
+    if reentrant and Version(version("transformers")) < Version("5.23"):
+        pytest.skip("Transformers before 5.23 gives no gradients here")
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
 
