@@ -16,7 +16,7 @@ from domain_generalization.domains import STRENGTHS, spread
 from PIL import Image
 from streets import SIZE, StreetScenes, normalise
 
-from mgfc import CoarseCalib, wrap_backbone
+from mgfc import CoarseCalib, get_calibration, wrap_backbone
 
 HERE = Path(__file__).parent
 CONDITIONS = [(None, 0), *((kind, strength) for kind in ("fog", "night") for strength in STRENGTHS)]
@@ -24,7 +24,7 @@ CONDITIONS = [(None, 0), *((kind, strength) for kind in ("fog", "night") for str
 
 def load_coarse(backbone: Path | None) -> CoarseCalib:
     """The coarse stage of the demo adapter, which alone decides the distance."""
-    coarse = wrap_backbone(load_dinov2_small(backbone), HERE / "adapter").eval().calibration.adapter.coarse
+    coarse = get_calibration(wrap_backbone(load_dinov2_small(backbone), HERE / "adapter")).eval().adapter.coarse
     assert isinstance(coarse, CoarseCalib)
     return coarse
 

@@ -16,6 +16,7 @@ import torch
 from backbone import load_dinov2_small
 from domain_generalization.corruptions import corrupt
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from streets import CLASSES, IGNORE, PALETTE, StreetScenes, normalise
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Gallery:
     """The adapter of this directory, its backbone and its head."""
 
     def __init__(self, backbone: Path | None) -> None:
-        self.vit = wrap_backbone(load_dinov2_small(backbone), HERE / "adapter").eval()
+        self.vit: nn.Module = wrap_backbone(load_dinov2_small(backbone), HERE / "adapter")
         self.model = nn.Sequential(FeatureMaps(self.vit, (2, 5, 8, 11)), load_head(HERE / "adapter")).eval()
 
     def record(self, name: str, kind: str | None) -> viz.Record:
@@ -62,7 +63,8 @@ def labels(name: str, size: tuple[int, int]) -> Tensor | None:
 
 def right(record: viz.Record, name: str) -> list[float] | None:
     """Percent of the labelled pixels that the predictions without and with calibration get right."""
-    expected = labels(name, record.picture.shape[:2])
+    height, width = record.picture.shape[:2]
+    expected = labels(name, (height, width))
     if expected is None or record.prediction is None:
         return None
     valid = expected != IGNORE
@@ -85,8 +87,7 @@ def home(record: viz.Record, name: str, kind: str) -> Figure:
     titles = [f"a rendered street, in drawn {kind}", "without calibration", "with mgfc's calibration"]
     if scores is not None:
         titles[1:] = [f"{title}: {score:.0f} % right" for title, score in zip(titles[1:], scores, strict=True)]
-    figure = Figure(figsize=(15, 4.7), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12)
+    figure = Figure(figsize=(15, 4.7), layout=ConstrainedLayoutEngine(h_pad=0.12))
     for axes, title, picture in zip(figure.subplots(1, 3), titles, [record.picture, *shown], strict=True):
         axes.imshow(picture.numpy())
         axes.set_title(title, loc="left", fontsize=16, color=INK)
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sheet = viz.plot_overview(found, title, CLASSES, COLOURS)
                 write(sheet, DOCS / "images" / f"calibration_{name}_{kind or 'clean'}.webp", dpi=84)
             if (name, kind) == HOME:
-                write(home(found, name, kind), DOCS / "images" / "home.webp", dpi=100)
+                write(home(found, *HOME), DOCS / "images" / "home.webp", dpi=100)
     page = DOCS / "pictures.md"
     begin, end = "<!-- distances: begin -->", "<!-- distances: end -->"
     table = f"{begin}\n\n" + "\n".join(rows) + f"\n\n{end}"

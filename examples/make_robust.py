@@ -15,13 +15,14 @@ from backbone import HUB_ID, load_dinov2_small
 from domain_generalization.corruptions import corrupt
 from domain_generalization.domains import KINDS
 from PIL import Image, ImageOps
-from segment import colour, compose, model_size, read_image
+from segment import PATCH, colour, compose
 from streets import SIZE, SPOT, Pair, StreetScenes, evaluate, load_bare_head, normalise, observed, some
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from mgfc import FeatureMaps, MGFCConfig, wrap_backbone
+from mgfc import FeatureMaps, MGFCConfig, get_calibration, wrap_backbone
+from mgfc.viz.files import model_size, read_image
 
 HERE = Path(__file__).parent
 STRENGTH = 1  # the middle one of the benchmark's three
@@ -52,7 +53,7 @@ def conditions(scenes: StreetScenes) -> Iterator[tuple[str, list[Pair]]]:
 def draw_in_fog(model: nn.Sequential, vit: nn.Module, picture: Path, target: Path) -> None:
     """A photograph in fog, segmented without and with calibration."""
     image = corrupt(read_image(picture), "fog", 2, 0)
-    pixels = normalise(image.resize(model_size(image.size, 392), Image.Resampling.BICUBIC)).unsqueeze(0)
+    pixels = normalise(image.resize(model_size(image.size, 392, PATCH), Image.Resampling.BICUBIC)).unsqueeze(0)
     small = ImageOps.contain(image, (480, 480))
 
     def segmented() -> Image.Image:
@@ -61,7 +62,7 @@ def draw_in_fog(model: nn.Sequential, vit: nn.Module, picture: Path, target: Pat
 
     with torch.inference_mode():
         panels = {"in fog": small, "calibrated": segmented()}
-        with vit.calibration.disabled():
+        with get_calibration(vit).disabled():
             panels["as trained"] = segmented()
     compose(panels).save(target, quality=90)
 
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     vit = wrap_backbone(load_dinov2_small(args.backbone), MGFCConfig(rank=None))  # calibration alone: nothing is learnt
     head = load_bare_head(args.head)
     model = nn.Sequential(FeatureMaps(vit, out_indices=(2, 5, 8, 11)), head).eval()
-    with vit.calibration.observing():
+    with get_calibration(vit).observing():
         for image in tqdm(observed(StreetScenes(args.data, "train"), args.observe, SIZE, args.seed), desc="observing"):
             model[0](image)
 
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     for name, scenes in conditions(StreetScenes(args.data, "val")):
         place = f"{args.data.name}/val{name}"
         calibrated[f"{place} mIoU"] = round(evaluate(model, scenes, title=place).miou, 2)
-        with vit.calibration.disabled():
+        with get_calibration(vit).disabled():
             before[f"{place} mIoU"] = round(evaluate(model, scenes, title=f"{place}, as trained").miou, 2)
         print(f"{place}: mIoU {before[f'{place} mIoU']} as trained, {calibrated[f'{place} mIoU']} calibrated")
 
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         "evaluation": f"images at {SIZE[0]} x {SIZE[1]}, IoU at the labels' own resolution; corruptions: {SPOT} images each",
         **{key: trained[key] for key in ("note",) if key in trained},
     }
-    vit.calibration.save_pretrained(args.out, head=head, training=training, base_model=HUB_ID)
+    get_calibration(vit).save_pretrained(args.out, head=head, training=training, base_model=HUB_ID)
     draw_in_fog(model, vit, args.picture, args.out / "thumbnail.jpg")
     print(f"Written: {args.out}")
     return calibrated

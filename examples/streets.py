@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from data import find
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -140,7 +141,7 @@ def observed(scenes: StreetScenes, count: int, size: tuple[int, int], seed: int)
         yield normalise(image.resize(size[::-1], Image.Resampling.BILINEAR)).unsqueeze(0)
 
 
-def normalise(image: Image.Image) -> Tensor:
+def normalise(image: Image.Image | NDArray[np.uint8]) -> Tensor:
     """An RGB image as (3, H, W), with ImageNet's mean and standard deviation."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

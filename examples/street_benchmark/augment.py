@@ -24,8 +24,8 @@ def resized(image: Pixels, label: Pixels, crop: int, draw: random.Random) -> tup
     short = int(crop * draw.randrange(5, 21) * 0.1)
     factor = min(short / min(height, width), LONGEST * crop / max(height, width))
     size = round(width * factor), round(height * factor)
-    image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
-    return image, cv2.resize(label, size, interpolation=cv2.INTER_NEAREST)
+    larger = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
+    return larger, cv2.resize(label, size, interpolation=cv2.INTER_NEAREST).astype(np.uint8, copy=False)
 
 
 def cropped(image: Pixels, label: Pixels, crop: int, draw: random.Random) -> tuple[Pixels, Pixels]:
@@ -50,19 +50,20 @@ def distorted(image: Pixels, draw: random.Random) -> Pixels:
     saturation = draw.uniform(0.5, 1.5) if draw.random() < 0.5 else None
     hue = draw.randrange(-18, 18) if draw.random() < 0.5 else None
     if saturation is not None or hue is not None:
-        values = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+        values = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).astype(np.uint8, copy=False)
         if saturation is not None:
             values[..., 1] = _scaled(values[..., 1], saturation)
         if hue is not None:
             values[..., 0] = (values[..., 0].astype(int) + hue) % 180
-        image = cv2.cvtColor(values, cv2.COLOR_HSV2RGB)
+        image = cv2.cvtColor(values, cv2.COLOR_HSV2RGB).astype(np.uint8, copy=False)
     if not contrast_first and draw.random() < 0.5:
         image = _scaled(image, draw.uniform(0.5, 1.5))
     return image
 
 
 def _scaled(values: Pixels, factor: float, offset: float = 0) -> Pixels:
-    return np.clip(values.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
+    scaled: Pixels = np.clip(values.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
+    return scaled
 
 
 def augmented(image: Pixels, label: Pixels, crop: int, draw: random.Random) -> tuple[Pixels, Pixels]:

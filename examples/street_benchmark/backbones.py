@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import timm
 import torch
@@ -48,7 +49,8 @@ def _transformers(name: str, patch: int, size: int) -> Made:
     config = AutoConfig.from_pretrained(name)
     config.patch_size, config.image_size = patch, size
     keys = ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings")
-    return AutoModel.from_pretrained(name), AutoModel.from_config(config), keys
+    wanted = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    return AutoModel.from_pretrained(name), wanted, keys
 
 
 def _bicubic(weight: Tensor, size: tuple[int, int]) -> Tensor:
@@ -63,12 +65,13 @@ def _resize_positions(positions: Tensor, side: int) -> Tensor:
     return torch.cat([positions[:, :extra], _bicubic(grid, (side, side)).flatten(2).mT], dim=1)
 
 
-def blocks_of(vit: nn.Module) -> nn.ModuleList:
+def blocks_of(vit: Any) -> nn.ModuleList:
     """Its transformer blocks."""
-    return vit.blocks if hasattr(vit, "blocks") else vit.encoder.layer
+    blocks: nn.ModuleList = vit.blocks if hasattr(vit, "blocks") else vit.encoder.layer
+    return blocks
 
 
-def checkpoint_activations(vit: nn.Module) -> None:
+def checkpoint_activations(vit: Any) -> None:
     """Less memory for a third more time: activations of blocks are computed again in the backward pass."""
     if hasattr(vit, "set_grad_checkpointing"):
         vit.set_grad_checkpointing()

@@ -66,7 +66,7 @@ def batches(crops: Crops, start: int, workers: int) -> DataLoader[tuple[Tensor, 
     """This process's part of each batch from a step on."""
     size, part = crops.settings.batch_size, crops.settings.batch_size // world()
     first = rank() * part
-    items = [range(step * size + first, step * size + first + part) for step in range(start, crops.settings.steps)]
+    items = [list(range(step * size + first, step * size + first + part)) for step in range(start, crops.settings.steps)]
     return DataLoader(
         crops, batch_sampler=items, num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=_one_thread
     )
@@ -88,5 +88,5 @@ def observed(settings: Settings, scenes: list[StreetScenes]) -> Iterator[Tensor]
         image = np.asarray(each[index][0])
         width, height = fitted((image.shape[1], image.shape[0]), SIZES["full"].get(each.root.name))
         width, height = (max(1, round(length / settings.patch)) * settings.patch for length in (width, height))
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
         yield normalise(distorted(image, random.Random(f"{settings.seed} observed {number}"))).unsqueeze(0)

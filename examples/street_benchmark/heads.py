@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from data.classes import CITYSCAPES
@@ -27,7 +28,7 @@ Size = tuple[int, int]
 class SharedLoss(Mask2FormerLoss):
     """Transformers' loss, whose mean over masks is over those of all processes."""
 
-    def get_num_masks(self, class_labels: list[Tensor], device: torch.device) -> Tensor:
+    def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
         number = torch.tensor(float(sum(map(len, class_labels))), device=device)
         return (sum_over_processes(number) / world()).clamp_min(1)
 
@@ -46,7 +47,8 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
     scales = (4, 2, 1, 0.5)
 
     def __init__(self, channels: Sequence[int], crop: int) -> None:
-        config = Mask2FormerConfig(num_labels=K, ignore_value=IGNORE)
+        config = Mask2FormerConfig(ignore_value=IGNORE)
+        config.num_labels = K
         config.train_num_points = min(config.train_num_points, (crop // 4) ** 2)
         super().__init__(config)
         self.pixel_decoder = Mask2FormerPixelDecoder(config, list(channels))
@@ -58,7 +60,7 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
             "loss_dice": config.dice_weight,
         }
         self.criterion = SharedLoss(config, self.weights)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, maps: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Masks and classes of the queries after each layer, the last one last: (B, Q, h, w) and (B, Q, K + 1)."""
@@ -75,7 +77,8 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
         present = [found[found != IGNORE] for found in present]
         masks = [(image == found[:, None, None]).float() for image, found in zip(labels, present, strict=True)]
         losses = self.criterion(**last, mask_labels=masks, class_labels=present, auxiliary_predictions=others)
-        return sum(self.weights[name.rstrip("_0123456789")] * value for name, value in losses.items())
+        weighted = [self.weights[name.rstrip("_0123456789")] * value for name, value in losses.items()]
+        return torch.stack(weighted).sum()
 
     def scores(self, maps: Sequence[Tensor], size: Size) -> Tensor:
         """Of each class at each pixel, (B, K, H, W): the masks, weighted by their classes' probabilities."""

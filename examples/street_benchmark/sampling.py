@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from io import BytesIO
@@ -98,5 +97,5 @@ def class_counts(scenes: StreetScenes, cache: Path) -> NDArray[np.int64]:
     return counts
 
 
-def _counts(scenes: Sequence[tuple[object, object]], index: int) -> NDArray[np.int64]:
+def _counts(scenes: StreetScenes, index: int) -> NDArray[np.int64]:
     return np.bincount(np.asarray(scenes[index][1]).ravel(), minlength=256)[: len(CITYSCAPES)]

@@ -42,7 +42,8 @@ def score(model: Segmenter, scenes: StreetScenes, into: Size | None, window: int
     confusion = Confusion(device, CITYSCAPES)
     for index in tqdm(range(rank(), len(scenes), world()), desc=title, mininterval=5, disable=rank() > 0):
         image, label = (np.asarray(part) for part in scenes[index])
-        image = cv2.resize(image, fitted((image.shape[1], image.shape[0]), into), interpolation=cv2.INTER_LINEAR)
+        size = fitted((image.shape[1], image.shape[0]), into)
+        image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR).astype(np.uint8, copy=False)
         scores = slide(model, normalise(image).unsqueeze(0).to(device), window)
         scores = F.interpolate(scores, label.shape, mode="bilinear", align_corners=False)
         confusion.add(scores.max(dim=1).indices, torch.from_numpy(label.copy()).unsqueeze(0).to(device))

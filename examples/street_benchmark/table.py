@@ -53,7 +53,8 @@ def _published(row: Published, targets: list[str]) -> list[str]:
 
 def _ours(method: str, how: str, found: dict[str, list[float]], targets: list[str]) -> list[str]:
     figures = [mean(found[name]) if name in found else None for name in targets]
-    average = None if None in figures else mean(figures)
+    known = [value for value in figures if value is not None]
+    average = mean(known) if len(known) == len(figures) else None
     seeds = max(map(len, found.values()), default=0)
     shown = [NOT_RUN if value is None else f"{value:.2f}" for value in (*figures, average)]
     return [method, *shown, HERE + (f", {seeds} seeds" if seeds > 1 else ""), how]

@@ -47,4 +47,5 @@ def slide(model: Segmenter, image: Tensor, window: int, batch_size: int = 8) -> 
                 total[0, :, row, column] += found
                 counts[row, column] += 1
     assert total is not None
-    return (total / counts)[:, :, :height, :width]
+    mean: Tensor = total / counts
+    return mean[:, :, :height, :width]
