@@ -44,10 +44,7 @@ html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "a11y-high-contrast-dark"
-html_theme_options = {
-    "top_of_page_buttons": [],
-    "light_css_variables": {"color-code-background": "#f6f7f9"},
-}
+html_theme_options = {"top_of_page_buttons": []}
 copybutton_exclude = ".linenos, .gp, .go"
 
 

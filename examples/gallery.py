@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gallery = Gallery(parser.parse_args(arguments).backbone)
     (DOCS / "images").mkdir(exist_ok=True)
     rows = [
-        "| image | | distance | pixels changed, % | right without, % | right with, % |",
+        "| image | condition | distance | pixels changed, % | right without, % | right with, % |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for path in sorted((HERE / "images").glob("*.jpg")):
