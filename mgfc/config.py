@@ -121,7 +121,7 @@ class MediumConfig(_Config):
     num_prototypes: int = 16
     temperature: float = 0.05
     strength: float = 1.0
-    layers: Layers = "last:4"
+    layers: Layers = "last:8"
     loss_weight: float = 0.0
 
     def __post_init__(self) -> None:

@@ -50,7 +50,8 @@ def test_it_has_no_parameters_and_starts_as_the_identity() -> None:
 @pytest.mark.parametrize(
     ("config", "blocks"),
     [
-        (CONFIG, ["2", "3", "4", "5"]),
+        (CONFIG, ["0", "1", "2", "3", "4", "5"]),
+        (MGFCConfig(rank=None, medium=MediumConfig(layers="last:4")), ["2", "3", "4", "5"]),
         (MGFCConfig(rank=None, medium=MediumConfig(layers=(0, 5))), ["0", "5"]),
         (MGFCConfig(rank=None, layers="first:2", fine=FineConfig(layers="last:1"), medium=None), ["1"]),
         (MGFCConfig(rank=None, medium=None), []),

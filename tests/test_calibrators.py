@@ -208,7 +208,7 @@ def medium_by_hand(module: MediumCalib, image: Tensor) -> Tensor:
         share = assignment[:, k].sum() / len(image)
         centroid = sum(assignment[i, k] * x for i, x in enumerate(image)) / assignment[:, k].sum()
         distance = ((prototype - centroid) ** 2 / variances[k]).mean()
-        strength = module.strength * max(0.0, 1 - 1 / distance)
+        strength = module.strength * max(0.0, 1 - 2 / distance)
         offsets.append(strength * share / (share + 0.025) * (prototype - centroid))
     moved = [sum(assignment[i, k] * offset for k, offset in enumerate(offsets)) for i in range(len(image))]
     return torch.stack([x + shift for x, shift in zip(image, moved, strict=True)])

@@ -39,7 +39,7 @@ def test_defaults() -> None:
         "rank": 16,
         "layers": "all",
         "coarse": {"strength": 1.0, "randomise": 0.0, "loss_weight": 0.0},
-        "medium": {"num_prototypes": 16, "temperature": 0.05, "strength": 1.0, "layers": "last:4", "loss_weight": 0.0},
+        "medium": {"num_prototypes": 16, "temperature": 0.05, "strength": 1.0, "layers": "last:8", "loss_weight": 0.0},
         "fine": None,
         "num_classes": None,
     }

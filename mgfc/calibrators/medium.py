@@ -34,11 +34,11 @@ class MediumCalib(SourceCalib):
     them, and the centroids c of this image:
 
         A = softmax(cos(X - m, P - m') / tau);   q_k = mean of A_k over the patches;   c_k = mean of X under A_k
-        z_k = mean of (P_k - c_k)^2 / v'_k over the channels;   a_k = s max(0, 1 - 1 / z_k) q_k / (q_k + q0)
+        z_k = mean of (P_k - c_k)^2 / v'_k over the channels;   a_k = s max(0, 1 - 2 / z_k) q_k / (q_k + q0)
         X <- X + A [a (P - c)]
 
     m' is the mean of the source's tokens, and m lies half-way from it to this image's mean. v'_k is the variance of c_k
-    over the images of the source, weighted by q_k: a category that looks as it does there stays as it is. Categories that
+    over the images of the source, weighted by q_k: a category about as far from its prototype as there stays as it is. Categories that
     fill less than about q0 of the image move little, since their centroids are uncertain. Unlike `CoarseCalib`, a scene
     with other shares of sky or road than usual is not moved for that. In training mode tokens pass unchanged, and the
     running centroids are updated. A module that has seen no training batch is the identity. Cost is linear in N. Source:
@@ -55,7 +55,7 @@ class MediumCalib(SourceCalib):
         torch.Size([2, 54, 64])
     """
 
-    USUAL = 1.0
+    USUAL = 2.0
     CERTAIN_SHARE = 0.025
 
     def __init__(self, dim: int, num_prototypes: int = 16, temperature: float = 0.05, strength: float = 1.0) -> None:
