@@ -38,9 +38,9 @@ class MediumCalib(SourceCalib):
         X <- X + A [a (P - c)]
 
     m' is the mean of the source's tokens, and m lies half-way from it to this image's mean. v'_k is the variance of c_k
-    over the images of the source, weighted by q_k: a category about as far from its prototype as there stays as it is. Categories that
-    fill less than about q0 of the image move little, since their centroids are uncertain. Unlike `CoarseCalib`, a scene
-    with other shares of sky or road than usual is not moved for that. In training mode tokens pass unchanged, and the
+    over the images of the source, weighted by q_k: a category that looks about as it does there stays as it is. Categories
+    that fill less than about q0 of the image move little, since their centroids are uncertain. Unlike `CoarseCalib`, a
+    scene with other shares of sky or road than usual is not moved for that. In training mode tokens pass unchanged, and the
     running centroids are updated. A module that has seen no training batch is the identity. Cost is linear in N. Source:
     `docs/method.md`, "Medium".
 
