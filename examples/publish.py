@@ -67,7 +67,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--private", action="store_true", help="make new repositories private")
     args = parser.parse_args(arguments)
-    if args.push and args.to is None:
+    if args.push and not args.to:
         parser.error("--push needs --to ORGANISATION")
     return args
 
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for publication in PUBLICATIONS:
             publish(publication, args)
-    except (MGFCError, OSError) as error:
+    except (MGFCError, OSError, ValueError) as error:
         print(f"publish.py: {error}", file=sys.stderr)
         return 1
     if not args.push:

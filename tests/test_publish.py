@@ -87,10 +87,18 @@ def test_without_a_token_or_a_network(hub: HubServer, capsys: Capture) -> None:
     assert "could not be uploaded" in capsys.readouterr().err
 
 
-def test_a_push_needs_a_place(capsys: Capture) -> None:
+@pytest.mark.parametrize("place", [[], ["--to", ""]])
+def test_a_push_needs_a_place(place: list[str], logged_in: HubServer, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as exit_:
-        publish.main(["--push"])
-    assert exit_.value.code == 2 and "--to ORGANISATION" in capsys.readouterr().err
+        publish.main(["--push", *place])
+    assert exit_.value.code == 2 and "--to ORGANISATION" in capsys.readouterr().err and not logged_in.repos
+
+
+@pytest.mark.parametrize("push", [[], ["--push"]])
+@pytest.mark.parametrize("place", ["a/b", "a b", "-"])
+def test_a_place_of_a_wrong_form(place: str, push: list[str], logged_in: HubServer, capsys: Capture) -> None:
+    assert publish.main([f"--to={place}", *push]) == 1
+    assert "publish.py: Repo id must" in capsys.readouterr().err and not logged_in.repos
 
 
 def test_a_damaged_adapter_is_not_published(

@@ -201,6 +201,23 @@ class TestOneProcess:
         with pytest.raises(FileNotFoundError, match=r"No data set gta5: .*prepare\.py"):
             command.main(words(made(backbone), tmp_path, tmp_path))
 
+    def test_names_a_target_that_is_missing_before_it_trains(self, data: Path, backbone: str, tmp_path: Path) -> None:
+        shutil.copytree(data / "gta5", tmp_path / "gta5")
+        with pytest.raises(FileNotFoundError, match="No data set cityscapes"):
+            command.main(words(made(backbone), tmp_path, tmp_path))
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("option", ["steps", "batch-size", "crop", "patch", "observe", "save-every", "stop-at"])
+    @pytest.mark.parametrize("value", ["0", "-1", "many"])
+    def test_refuses_numbers_that_are_none(self, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            command.main(["run", "gta5", f"--{option}={value}"])
+        assert f"--{option}: expected a whole number above 0, found '{value}'" in capsys.readouterr().err
+
+    def test_refuses_a_crop_of_parts_of_patches(self, data: Path, backbone: str, tmp_path: Path) -> None:
+        with pytest.raises(SystemExit, match="crop of whole patches of 16 pixels, found one of 60"):
+            command.main(words(made(backbone, crop=60), tmp_path, data))
+
     def test_stops_at_a_loss_that_is_not_finite(self, data: Path, backbone: str, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match="The loss is nan after 2 steps"):
             command.main(words(made(backbone, head_lr=float("inf")), tmp_path, data))
@@ -646,6 +663,22 @@ class TestProtocol:
             "| mgfc | 50.00 | not run | not run | not run | not run | **here** | images of half size |",
             "| mgfc | 54.00 | 54.00 | 54.00 | 54.00 | 54.00 | **here** | sampling rare |",
         ]
+
+    def test_seeds_that_are_not_scored_on_all_targets_do_not_count(self) -> None:
+        def record(seed: int, target: str, miou: float) -> dict[str, Any]:
+            run = settings.published("gta5", "mgfc", seed=seed)
+            return {"settings": asdict(run), "target": target, "sizes": "full", "miou": miou}
+
+        def row(records: list[dict[str, Any]]) -> str:
+            (found,) = (line for line in table.table("gta5", records).splitlines() if line.startswith("| mgfc |"))
+            return found
+
+        whole = [record(0, name, 40.0) for name in EXPERIMENTS["gta5"].targets]
+        part = [record(1, "Cityscapes", 60.0)]
+        assert row(part) == "| mgfc | 60.00 | not run | not run | not run | **here** |  |"
+        assert row(whole + part) == row(part + whole) == "| mgfc | 40.00 | 40.00 | 40.00 | 40.00 | **here** |  |"
+        assert row(whole + whole) == row(whole), "a record that stands there twice is one seed's"
+        assert row(whole[:2] + part) == "| mgfc | 40.00 | 40.00 | not run | not run | **here** |  |"
 
 
 class TestCost:

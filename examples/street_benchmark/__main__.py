@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from data import find
 from domain_generalization.report import read
 
 from street_benchmark import cost, table
@@ -33,7 +34,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     run.add_argument("--lr", type=float, help="of what the method trains in the backbone (default: by method)")
     run.add_argument("--head-lr", type=float)
     for name in ("steps", "batch-size", "crop", "patch", "observe"):
-        run.add_argument(f"--{name}", type=int)
+        run.add_argument(f"--{name}", type=positive)
     run.add_argument("--float32", dest="bf16", action="store_false", default=None, help="the backbone in float32, not bfloat16")
     run.add_argument("--sizes", choices=SIZES, default="full", help="of the images in scoring")
     run.add_argument("--data", type=Path, help="folder of data sets, looked into before the one of MGFC_DATA")
@@ -41,13 +42,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     run.add_argument("--engine", choices=("ddp", "fsdp"), default="ddp", help="with several processes")
     run.add_argument("--checkpointing", action="store_true", help="less memory for a third more time")
     run.add_argument("--workers", type=int, default=4, help="processes that read images, for each process")
-    run.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
-    run.add_argument("--stop-at", type=int, help="step to stop at; the same command without it goes on")
+    run.add_argument("--save-every", type=positive, default=1000, help="steps between checkpoints")
+    run.add_argument("--stop-at", type=positive, help="step to stop at; the same command without it goes on")
     show = commands.add_parser("table", help="print published figures and ours")
     for command in (run, show):
         command.add_argument("--results", type=Path, default=RESULTS)
     commands.add_parser("expect", help="print hours and memory to expect: computed, not measured")
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, found {text!r}")
+    return int(text)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -61,6 +68,9 @@ def run(args: argparse.Namespace) -> None:
     from street_benchmark.training import Running, trained
 
     settings = settings_of(args)
+    experiment = EXPERIMENTS[settings.experiment]
+    for place in (*experiment.sources, *experiment.targets.values()):
+        find(place.partition(":")[0], args.data)  # what is missing is told before hours of training
     out = args.out or WORK / f"{settings.experiment}-{settings.method}-{settings.head}-{settings.seed}"
     with processes() as device:
         running = Running(out, args.data, device, args.engine, args.checkpointing, args.workers, args.save_every, args.stop_at)

@@ -11,6 +11,7 @@ from street_benchmark.experiments import EXPERIMENTS
 from street_benchmark.published import PUBLISHED, Published
 from street_benchmark.settings import LR, published
 
+BySeed = dict[int, dict[str, float]]
 HERE, NOT_RUN = "**here**", "not run"
 
 
@@ -32,9 +33,9 @@ def table(experiment: str, records: list[Record]) -> str:
     return markdown(["method", *targets, "mean", "from", "unlike the protocol"], rows)
 
 
-def runs(experiment: str, records: list[Record]) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """The mIoU of each seed by target, by method and by what a run does that the protocol does not."""
-    found: dict[tuple[str, str], dict[str, list[float]]] = {(method, ""): {} for method in LR}
+def runs(experiment: str, records: list[Record]) -> dict[tuple[str, str], BySeed]:
+    """The mIoU of each target by seed, by method and by what a run does that the protocol does not."""
+    found: dict[tuple[str, str], BySeed] = {(method, ""): {} for method in LR}
     for record in records:
         settings = record["settings"]
         if settings["experiment"] == experiment:
@@ -42,7 +43,7 @@ def runs(experiment: str, records: list[Record]) -> dict[tuple[str, str], dict[s
             told = [f"{name} {value}" for name, value in settings.items() if usual[name] != value]
             told += [] if record["sizes"] == "full" else [f"images of {record['sizes']} size"]
             run = found.setdefault((settings["method"], ", ".join(told)), {})
-            run.setdefault(record["target"], []).append(record["miou"])
+            run.setdefault(settings["seed"], {})[record["target"]] = record["miou"]
     return found
 
 
@@ -51,10 +52,12 @@ def _published(row: Published, targets: list[str]) -> list[str]:
     return [row.method, *("" if value is None else f"{value:.2f}" for value in figures), row.source, row.note]
 
 
-def _ours(method: str, how: str, found: dict[str, list[float]], targets: list[str]) -> list[str]:
-    figures = [mean(found[name]) if name in found else None for name in targets]
+def _ours(method: str, how: str, found: BySeed, targets: list[str]) -> list[str]:
+    """Means over the seeds that were scored on all targets; where none was, the one that was scored on most."""
+    complete = [run for run in found.values() if len(run) == len(targets)]
+    taken = complete or sorted(found.values(), key=len)[-1:] or [{}]
+    figures = [mean(run[name] for run in taken) if name in taken[0] else None for name in targets]
     known = [value for value in figures if value is not None]
     average = mean(known) if len(known) == len(figures) else None
-    seeds = max(map(len, found.values()), default=0)
     shown = [NOT_RUN if value is None else f"{value:.2f}" for value in (*figures, average)]
-    return [method, *shown, HERE + (f", {seeds} seeds" if seeds > 1 else ""), how]
+    return [method, *shown, HERE + (f", {len(taken)} seeds" if len(taken) > 1 else ""), how]

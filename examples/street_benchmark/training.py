@@ -85,6 +85,8 @@ def train(settings: Settings, running: Running) -> int:
     """Trains, with checkpoints, and returns the number of steps that are done."""
     if settings.batch_size % world():
         raise SystemExit(f"Expected a batch that {world()} processes share, found {settings.batch_size} crops.")
+    if settings.crop % settings.patch:
+        raise SystemExit(f"Expected a crop of whole patches of {settings.patch} pixels, found one of {settings.crop}.")
     whole = Segmenter(settings).to(running.device)
     vit = whole.maps.backbone
     if running.checkpointing:
