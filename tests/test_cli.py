@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from mgfc import MGFCConfig, SegmentationHead, __version__, load_head, wrap_backbone
-from mgfc.backbones.named import IMAGENET
+from mgfc.backbones.named import IMAGENET, build
 from mgfc.cli import main
 from mgfc.viz.files import as_tensor, read_image
 
@@ -71,6 +72,16 @@ class TestInfo:
         exec("\n".join(found["load"]), names)
         assert names["backbone"].calibration.config == MGFCConfig(rank=8, fine=None)
         assert names["head"].classify.out_channels == 5
+
+    def test_a_head_of_another_class_has_to_be_given(self, tmp_path: Path, capsys: Capture) -> None:
+        vit = wrap_backbone(tiny(), MGFCConfig(rank=8))
+        vit.calibration.save_pretrained(tmp_path, head=torch.nn.Conv2d(32, 5, 1))
+        _, found = as_json(capsys, "info", str(tmp_path))
+        head = torch.nn.Conv2d(32, 5, 1)
+        names = {"backbone": tiny(), "head": head, "wrap_backbone": wrap_backbone, "load_head": load_head}
+        exec("\n".join(found["load"]), names)
+        assert names["head"] is head
+        assert 'head = load_head("organisation/name", head)' in (tmp_path / "README.md").read_text()
 
     def test_a_revision(self, hub: HubServer, adapter: Path, capsys: Capture) -> None:
         hub.put("org/a", {path.name: path.read_bytes() for path in adapter.iterdir()}, revision="dev")
@@ -155,6 +166,30 @@ class TestCheck:
         status, found = as_json(capsys, "check", model)
         assert (status, found["error"]) == (1, error)
         assert message in found["message"]
+
+    @pytest.mark.parametrize(
+        "changes", [{"hidden_size": 0}, {"hidden_size": "wide"}, {"patch_size": 0}, {"hidden_act": "none"}, {"model_type": {}}]
+    )
+    def test_configurations_of_no_model(self, changes: dict[str, Any], tmp_path: Path, capsys: Capture) -> None:
+        transformers = pytest.importorskip("transformers")
+        values = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=2).to_dict()
+        (tmp_path / "config.json").write_text(json.dumps(values | changes))
+        status, found = as_json(capsys, "check", str(tmp_path))
+        assert status == 1 and found["error"] in ("AdapterNotFoundError", "UnsupportedBackboneError")
+        assert str(tmp_path) in found["message"]
+
+    def test_code_that_comes_with_a_model_is_not_run(
+        self, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("transformers")
+        monkeypatch.setattr("builtins.input", lambda prompt="": "y")  # to Transformers' question whether it may
+        ran = tmp_path / "ran"
+        (tmp_path / "theirs.py").write_text(f"open({str(ran)!r}, 'w')")
+        values = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModel": "theirs.Model"}}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        status, found = as_json(capsys, "check", str(tmp_path))
+        assert (status, found["error"]) == (1, "AdapterNotFoundError") and "custom code" in found["message"]
+        assert not ran.exists()
 
 
 class TestShow:
@@ -292,6 +327,53 @@ class TestShow:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         status, found = as_json(capsys, "show", streets[0], *places)
         assert (status, found["error"]) == (1, "ImportError") and 'pip install "mgfc[viz]"' in found["message"]
+
+    @pytest.mark.parametrize("damage", ["cut", "other sizes"])
+    def test_weights_that_cannot_be_read(
+        self, damage: str, streets: list[str], places: list[str], tmp_path: Path, capsys: Capture
+    ) -> None:
+        if damage == "cut":
+            path = tmp_path / "backbone" / "model.safetensors"
+            path.write_bytes(path.read_bytes()[:1000])
+        else:
+            path = tmp_path / "backbone" / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 64}))
+        status, found = as_json(capsys, "show", streets[0], *places)
+        assert status == 1 and found["error"] in ("AdapterNotFoundError", "UnsupportedBackboneError")
+        assert str(tmp_path / "backbone") in found["message"] and not (tmp_path / "shown").exists()
+
+    @pytest.mark.parametrize("values", [[], {"image_processor_type": 5}, {"image_mean": "abc", "image_std": [0, 0, 0]}])
+    def test_an_image_processor_that_cannot_be_read(
+        self, values: Any, streets: list[str], places: list[str], tmp_path: Path, capsys: Capture
+    ) -> None:
+        if isinstance(values, dict):
+            values = {"image_processor_type": "BitImageProcessor"} | values
+        (tmp_path / "backbone" / "preprocessor_config.json").write_text(json.dumps(values))
+        named = build(str(tmp_path / "backbone"), pretrained=True)
+        assert (named.mean, named.std) == IMAGENET
+
+    def test_a_place_that_cannot_be_is_told_before_a_model_is_loaded(
+        self, streets: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("matplotlib")
+        (tmp_path / "file").write_text("")
+        words = ["show", streets[0], "--adapter", "./nothing", "--out"]
+        status, found = as_json(capsys, *words, str(tmp_path / "file" / "below"))
+        assert (status, found["error"]) == (1, "NotADirectoryError") and "Name another with --out" in found["message"]
+        monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+        status, found = as_json(capsys, *words, str(tmp_path / "new" / "below"))
+        assert (status, found["error"]) == (1, "PermissionError") and "Name another with --out" in found["message"]
+
+    def test_a_size_that_no_memory_holds(self, streets: list[str], places: list[str], capsys: Capture) -> None:
+        status, found = as_json(capsys, "show", streets[0], *places, "--size", "999999999", "7")
+        assert (status, found["error"]) == (1, "CalibrationError") and "Choose another size" in found["message"]
+
+    def test_an_adapter_of_nothing(self, streets: list[str], places: list[str], tmp_path: Path, capsys: Capture) -> None:
+        vit = wrap_backbone(transformers_model(places[3]), MGFCConfig(rank=None, coarse=None, medium=None))
+        vit.calibration.save_pretrained(tmp_path / "nothing")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert main(["show", streets[0], "--adapter", str(tmp_path / "nothing"), *places[2:]]) == 0
 
     def test_a_timm_model_by_its_name(self, streets: list[str], tmp_path: Path, hub: HubServer, capsys: Capture) -> None:
         pytest.importorskip("matplotlib")

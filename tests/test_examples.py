@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch import nn
 
 from mgfc import FeatureMaps, load_head, wrap_backbone
@@ -235,6 +235,28 @@ def test_odd_image_files_are_read_upright_as_rgb(tmp_path: Path) -> None:
         assert (name, image.mode, image.size) == (name, "RGB", (60, 40))
         above, below = np.asarray(image)[5:15].mean(), np.asarray(image)[25:35].mean()
         assert above > 130 > 100 > below, name
+
+
+def test_deep_images_are_as_bright_as_they_were(tmp_path: Path) -> None:
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) // 4  # a dark one
+    Image.fromarray(values * 257).save(tmp_path / "deep.png")
+    assert (np.asarray(segment.read_image(tmp_path / "deep.png"))[..., 0] == values).all()
+
+
+def test_what_is_no_image_of_8_or_16_bits_is_refused(tmp_path: Path) -> None:
+    for values in (np.full((4, 4), 0.5, np.float32), np.full((4, 4), -7, np.int32), np.full((4, 4), 70_000, np.int32)):
+        Image.fromarray(values).save(tmp_path / "odd.tiff")
+        with pytest.raises(OSError, match=r"odd\.tiff: expected an image of at most 16 bits"):
+            segment.read_image(tmp_path / "odd.tiff")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="needs a Pillow that reads AVIF")
+def test_a_damaged_file_is_told_whatever_its_reader_raises(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 30)).save(tmp_path / "damaged.avif")
+    content = (tmp_path / "damaged.avif").read_bytes()
+    (tmp_path / "damaged.avif").write_bytes(content[:-20])
+    with pytest.raises(OSError, match=r"damaged\.avif: expected an image"):
+        segment.read_image(tmp_path / "damaged.avif")
 
 
 @pytest.mark.parametrize("size", [(480, 360), (360, 480), (864, 575), (4000, 100), (1, 1), (14, 3000)])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import httpx2
 import pytest
+import yaml
 from hub_server import HubServer, Reply, run_python
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from tiny import calibrated, tiny_vit
@@ -107,6 +109,7 @@ def result(*metrics: Any, dataset: Any = None) -> Any:
         ("none", None),
         ([{"results": "none"}, 3, *result({"type": "mean_iou", "value": "high"})], None),
         (result({"type": "mean_iou", "value": True}, {"type": "mean_iou"}, "metric"), None),
+        (result(*({"type": "mean_iou", "value": value} for value in (10**400, math.inf, -math.inf, math.nan))), None),
         (result({"type": "mean_iou", "value": 3}, dataset=[]), Figure(3, "mean_iou", "unknown data")),
         (
             result({"type": "accuracy", "value": 99.5}, {"type": "f1", "value": 99.9}, dataset={"type": "a"}),
@@ -114,11 +117,12 @@ def result(*metrics: Any, dataset: Any = None) -> Any:
         ),
     ],
 )
-def test_results_of_any_form(hub: HubServer, index: Any, best: Figure | None) -> None:
+def test_results_of_any_form(hub: HubServer, index: Any, best: Figure | None, capsys: pytest.CaptureFixture[str]) -> None:
     header = {"library_name": "mgfc", "tags": ["mgfc"], "model-index": index}
-    hub.put("org/odd", {"README.md": f"---\n{json.dumps(header)}\n---\n".encode()})
+    hub.put("org/odd", {"README.md": f"---\n{yaml.safe_dump(header)}---\n".encode()})
     (found,) = search()
     assert found.best == best and found.base_model is None and found.datasets == ()
+    assert main(["search"]) == 0 and "org/odd" in capsys.readouterr().out
 
 
 def test_text(adapters: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +246,8 @@ def test_the_error_keeps_its_cause(adapters: HubServer) -> None:
 def test_wrong_limits(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["search", "--limit", limit])
-    assert exit_.value.code == 2 and "--limit" in capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert f"--limit: expected a whole number above 0, found '{limit}'" in capsys.readouterr().err
 
 
 def test_the_server_lists_as_the_hub_does(adapters: HubServer) -> None:

@@ -265,6 +265,10 @@ class TestRecord:
             one(vit)
         with vit.calibration.fused(), pytest.raises(CalibrationError, match="call unfuse"):
             one(vit)
+        before = {name: value.clone() for name, value in vit.state_dict().items()}
+        with pytest.raises(CalibrationError, match="found them observing"), vit.calibration.observing():
+            one(vit)
+        assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
         assert one(vit).distance is not None
 
 
@@ -273,6 +277,13 @@ def predictor_of_nothing(image: Tensor) -> Tensor:
 
 
 class TestFigures:
+    def test_under_autocast(self) -> None:
+        vit = timm_vit()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = one(vit, predict=predictor(vit))
+            figure = viz.plot_overview(found)
+        assert all(np.isfinite(values).all() for values in drawn(figure))
+
     @pytest.fixture
     def found(self) -> viz.Record:
         vit = timm_vit()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
+from safetensors import SafetensorError
 from torch import nn
 
 from mgfc.errors import AdapterNotFoundError, CalibrationError, MGFCError, UnsupportedBackboneError
@@ -42,7 +43,8 @@ def build(name: str, *, pretrained: bool = False) -> Named:
 
     Raises:
         AdapterNotFoundError: if there is no such model, or its weights cannot be reached.
-        UnsupportedBackboneError: if Transformers is not installed, or cannot build it.
+        UnsupportedBackboneError: if Transformers is not installed, or cannot build it. Code that comes with a model is
+            never run.
     """
     import timm
 
@@ -61,7 +63,7 @@ def _of_timm(name: str, pretrained: bool) -> Named:
             model: Any = timm.create_model(name, pretrained=pretrained, **options)
         except TypeError:  # a class without that option
             model = timm.create_model(name, pretrained=pretrained)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise _no_weights(name, error) from None
     cfg = model.pretrained_cfg
     channels, height, width = cfg["input_size"]
@@ -76,21 +78,23 @@ def _of_transformers(name: str, pretrained: bool) -> Named:
             f"{name}: expected the name of a timm model; for Transformers models, pip install transformers."
         ) from None
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # a stranger's configuration makes Transformers raise errors of any kind
         raise AdapterNotFoundError(
             f"{name}: expected the name of a timm model, or a directory or Hub repository of a Transformers model, found "
-            f"neither ({str(error).splitlines()[0]})."
+            f"neither ({_reason(error)})."
         ) from None
     try:
         if pretrained:
-            model: Any = AutoModel.from_pretrained(name, dtype="float32")
+            model: Any = AutoModel.from_pretrained(name, dtype="float32", trust_remote_code=False)
         else:
-            model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
-    except OSError as error:
+            model = AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except (OSError, SafetensorError) as error:
         raise _no_weights(name, error) from None
-    except ValueError as error:
-        raise UnsupportedBackboneError(f"{name}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # as above
+        raise UnsupportedBackboneError(
+            f"{name}: expected a model that Transformers can build, found that it cannot ({_reason(error)})."
+        ) from None
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or 224
     channels = getattr(vision, "num_channels", None) or 3
@@ -98,32 +102,40 @@ def _of_transformers(name: str, pretrained: bool) -> Named:
     return Named(model, (size, size) if isinstance(size, int) else tuple(size), channels, *_normalisation(mean, std, channels))
 
 
-def _processor(name: str) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+def _processor(name: str) -> tuple[object, object]:
     """Mean and standard deviation of the image processor that was saved with a model, if there is one."""
     from transformers import AutoImageProcessor
 
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(name)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, ImportError):
+        processor: Any = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except Exception:  # there is none, or none that can be read
         return None, None
     return getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
 
 
-def _normalisation(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
-) -> tuple[Sequence[float], Sequence[float]]:
+def _normalisation(mean: object, std: object, channels: int) -> tuple[Sequence[float], Sequence[float]]:
     """As given; ImageNet's where nothing fits, whose mean over the channels serves for other numbers of them."""
-    if mean is not None and std is not None and len(mean) == len(std) == channels:
+    if _are_numbers(mean, channels) and _are_numbers(std, channels) and min(std) > 0:
         return mean, std
     if channels == 3:
         return IMAGENET
     return tuple((sum(values) / 3,) * channels for values in IMAGENET)  # type: ignore[return-value]
 
 
+def _are_numbers(values: object, count: int) -> TypeGuard[Sequence[float]]:
+    return (
+        isinstance(values, (list, tuple)) and len(values) == count and all(isinstance(value, (int, float)) for value in values)
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _no_weights(name: str, error: Exception) -> AdapterNotFoundError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return AdapterNotFoundError(
-        f"{name}: expected the weights of this model, found that they cannot be reached ({reason}). Name a directory that "
+        f"{name}: expected the weights of this model, found that they cannot be read ({_reason(error)}). Name a directory that "
         "holds the model, or connect to the Hub."
     )
 
@@ -137,7 +149,7 @@ def told_of_size(name: str, size: tuple[int, int]) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, MGFCError):
             raise
         raise CalibrationError(

@@ -60,17 +60,20 @@ def name_repository(directory: Path, repo_id: str) -> None:
         card.write_text(card.read_text(encoding="utf-8").replace(_SOMEWHERE, repo_id), encoding="utf-8")
 
 
-def loading_code(source: str, *, head: bool, revision: str | None = None) -> list[str]:
+def loading_code(source: str, head: Mapping[str, Any] | None, revision: str | None = None) -> list[str]:
     """The lines of Python that load an adapter, and the head beside it.
 
     Args:
         source: its directory or Hub repository.
-        head: whether there is a head.
+        head: what `config.json` says of the head, whose module the user has to build if it is not a `SegmentationHead`.
         revision: branch, tag or commit of the repository.
     """
-    arguments = ", ".join([json.dumps(source), *([] if revision is None else [f"revision={json.dumps(revision)}"])])
-    lines = [f"backbone = wrap_backbone(backbone, {arguments})"]
-    return [*lines, f"head = load_head({arguments})"] if head else lines
+    options = "" if revision is None else f", revision={json.dumps(revision)}"
+    lines = [f"backbone = wrap_backbone(backbone, {json.dumps(source)}{options})"]
+    if not head:
+        return lines
+    module = "" if head.get("class") == "SegmentationHead" else ", head"
+    return [*lines, f"head = load_head({json.dumps(source)}{module}{options})"]
 
 
 def _results(training: Mapping[str, Any]) -> list[EvalResult]:
@@ -116,7 +119,7 @@ def _text(content: Mapping[str, Any], num_parameters: int, statistics: str | Non
         "```python",
         "from mgfc import load_head, wrap_backbone" if content["head"] else "from mgfc import wrap_backbone",
         "",
-        *loading_code(_SOMEWHERE, head=bool(content["head"])),
+        *loading_code(_SOMEWHERE, content["head"]),
         "```",
         "",
     ]

@@ -34,7 +34,7 @@ def read_info(source: str, revision: str | None = None) -> dict[str, Any]:
         AdapterFileError: if one is damaged.
     """
     content = consistently(locate(source, revision=revision), _read)
-    return content | {"load": loading_code(source, head=bool(content.get("head")), revision=revision)}
+    return content | {"load": loading_code(source, content.get("head"), revision)}
 
 
 def _read(find: Files) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -125,7 +126,8 @@ def _figures(index: Any) -> Iterator[tuple[bool, Figure]]:
             name = dataset.get("name") or dataset.get("type") if isinstance(dataset, dict) else None
             for metric in _dicts(result.get("metrics")):
                 value = metric.get("value")
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                # Neither NaN, nor infinite, nor an integer that no float holds.
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
                     kind = str(metric.get("type"))
                     yield kind == _MEAN_IOU, Figure(value, kind, str(name or "unknown data"))
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _PAPER = (255, 255, 255)
+_DEEPEST = 2**16 - 1
 _LONGEST = 3  # times the shorter side
 
 
@@ -23,7 +24,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Any image file as upright RGB.
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: if it cannot be read, or holds values of more than 16 bits.
     """
     from PIL import Image, ImageOps
 
@@ -31,11 +32,13 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
             image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file makes PIL's plugins raise errors of any kind
         raise OSError(f"{path}: expected an image, found none that can be read ({error}).") from None
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits: PIL would clip instead of scaling
-        values = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > _DEEPEST:
+            raise OSError(f"{path}: expected an image of at most 16 bits, found other values. Save it with 8 or 16 bits.")
+        image = Image.fromarray((values / (_DEEPEST / 255)).round().astype(np.uint8))  # PIL would clip instead of scaling
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, _PAPER), image)

@@ -48,8 +48,8 @@ def record(
         One record for each image.
 
     Raises:
-        CalibrationError: if the calibrators are disabled or fused, `images` or what `predict` returns has another shape,
-            or the patches of a block have no grid.
+        CalibrationError: if the calibrators are disabled, fused or observing, `images` or what `predict` returns has
+            another shape, or the patches of a block have no grid.
 
     Examples:
         >>> import timm, torch
@@ -65,6 +65,8 @@ def record(
     if not calibration.enabled or calibration.active.fused:
         state = "fused into the weights; call unfuse() first" if calibration.enabled else "disabled"
         raise CalibrationError(f"record: expected calibrators that are in use, found them {state}.")
+    if any(mean.observing for mean in calibration.adapter.statistics):
+        raise CalibrationError("record: expected calibrators that are in use, found them observing. Call it after observing().")
     names = calibration.block_names
     maps = FeatureMaps(calibration.backbone, range(len(names)), blocks=names)
     try:

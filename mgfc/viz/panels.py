@@ -91,7 +91,8 @@ def changes(axes: Axes, record: Record) -> None:
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("block", color=INK, fontsize=9)
     axes.grid(axis="y", color=LINE, lw=0.8)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper left")
     _frame(axes, "change per block, in % of the tokens' length")
 
 
@@ -121,7 +122,7 @@ def _names(record: Record) -> tuple[str, str]:
 def _show(axes: Axes, picture: Tensor, record: Record, title: str) -> None:
     """A picture, or a map of patches stretched over the image."""
     height, width = record.picture.shape[:2]
-    axes.imshow(picture.clamp(0, 1).numpy(), extent=(0, width, height, 0), interpolation="antialiased")
+    axes.imshow(picture.float().clamp(0, 1).numpy(), extent=(0, width, height, 0), interpolation="antialiased")
     axes.set_anchor("NW")
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_axis_off()

@@ -109,8 +109,11 @@ def show(
 
 def _targets(images: Sequence[str | os.PathLike[str]], out: Path, overwrite: bool) -> list[Path]:
     """Where the picture of each image goes; images of one name are numbered."""
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"{out}: expected a directory for the pictures, found a file. Name another with --out.")
+    nearest = next(place for place in (out, *out.parents) if place.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest}: expected a directory for the pictures, found a file. Name another with --out.")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"{nearest}: expected a directory that may be written to. Name another with --out.")
     targets: list[Path] = []
     for path in images:
         stems = itertools.chain([Path(path).stem], (f"{Path(path).stem}_{number}" for number in itertools.count(2)))
