@@ -110,6 +110,7 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(args: argparse.Namespace) -> dict[str, Any]:
+    from mgfc.storage.parsing import printable
     from mgfc.viz.show import show
 
     options = {key: value for key, value in vars(args).items() if key not in ("command", "run", "json")}
@@ -119,7 +120,11 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
         + ("no statistics of a source" if item.distance is None else f"distance from the source {item.distance:.1f}")
         for item in shown
     ]
-    return {"images": [asdict(item) for item in shown], "prediction": prediction, "text": "\n".join([*lines, prediction])}
+    return {
+        "images": [asdict(item) for item in shown],
+        "prediction": prediction,
+        "text": "\n".join(map(printable, [*lines, prediction])),
+    }
 
 
 def _check(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -367,6 +368,17 @@ class TestShow:
     def test_a_size_that_no_memory_holds(self, streets: list[str], places: list[str], capsys: Capture) -> None:
         status, found = as_json(capsys, "show", streets[0], *places, "--size", "999999999", "7")
         assert (status, found["error"]) == (1, "CalibrationError") and "Choose another size" in found["message"]
+
+    def test_names_that_no_font_and_no_terminal_has(self, streets: list[str], tmp_path: Path, capsys: Capture) -> None:
+        names = ["$\\frac$", "\x1b[2J"]
+        places = self.save(tmp_path, SegmentationHead([32, 32], 2), classes=names)
+        odd = [tmp_path / f"{name}.png" for name in (*names, os.fsdecode(b"street \xff"))]
+        for path in odd:
+            path.write_bytes(Path(streets[0]).read_bytes())
+        assert main(["show", *map(str, odd), "--size", "28", "28", *places]) == 0
+        printed = capsys.readouterr().out
+        assert printed.encode() and "\x1b" not in printed
+        assert len(list((tmp_path / "shown").iterdir())) == 3
 
     def test_an_adapter_of_nothing(self, streets: list[str], places: list[str], tmp_path: Path, capsys: Capture) -> None:
         vit = wrap_backbone(transformers_model(places[3]), MGFCConfig(rank=None, coarse=None, medium=None))

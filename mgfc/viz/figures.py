@@ -178,5 +178,5 @@ def _figure(record: Record, rows: Sequence[tuple[int, Draw]], title: str = "") -
         for axes in line[number:]:
             axes.remove()
     if title:
-        figure.suptitle(title, x=0.01, ha="left", color=panels.INK, fontsize=13)
+        figure.suptitle(title, parse_math=False, x=0.01, ha="left", color=panels.INK, fontsize=13)
     return figure

@@ -166,7 +166,7 @@ def _legend(axes: Axes, rows: Sequence[tuple[str, Tensor, float, float]], change
         axes.text(x, 0.2, text, ha="right", va="center", fontsize=9, color=FAINT)
     for row, (name, colour, before, after) in enumerate(rows[:_MOST_ROWS], start=1):
         axes.plot(0.03, row + 0.2, "s", ms=11, color=tuple(colour.tolist()), mec=LINE, mew=0.8)
-        axes.text(0.09, row + 0.2, name, va="center", fontsize=10, color=INK)
+        axes.text(0.09, row + 0.2, name, parse_math=False, va="center", fontsize=10, color=INK)
         for x, share in ((0.72, before), (0.95, after)):
             axes.text(x, row + 0.2, f"{100 * share:.1f} %", ha="right", va="center", fontsize=10, color=INK)
     if len(rows) > _MOST_ROWS:

@@ -17,7 +17,7 @@ from mgfc.features import FeatureMaps
 from mgfc.heads import SegmentationHead
 from mgfc.storage.format import CONFIG, read_config
 from mgfc.storage.loading import load_head, locate
-from mgfc.storage.parsing import shorten
+from mgfc.storage.parsing import printable, shorten
 from mgfc.storage.snapshot import consistently
 from mgfc.viz.figures import plot_overview, require_matplotlib
 from mgfc.viz.files import as_tensor, model_size, read_image, write_figure
@@ -102,7 +102,7 @@ def show(
             (found,) = record(
                 named.model, as_tensor(image, chosen, named.mean, named.std), predict, mean=named.mean, std=named.std
             )
-        write_figure(plot_overview(found, Path(path).name, classes), target)
+        write_figure(plot_overview(found, printable(Path(path).name), classes), target)
         shown.append(Shown(os.fspath(path), str(target), chosen, found.distance))
     return shown, told
 
@@ -156,6 +156,8 @@ def _prediction(
             "Name the blocks with --out-indices."
         )
     names = notes.get("classes")
-    classes = list(map(str, names)) if isinstance(names, list) and len(names) == arguments["num_classes"] else None
+    classes = (
+        [printable(str(name)) for name in names] if isinstance(names, list) and len(names) == arguments["num_classes"] else None
+    )
     told = f"prediction by the adapter's head, from blocks {', '.join(map(str, indices))}, {origin}"
     return lambda image: head(maps(image)), classes, told
