@@ -254,7 +254,7 @@ def test_what_is_no_image_of_8_or_16_bits_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_file_is_told_whatever_its_reader_raises(tmp_path: Path) -> None:
     Image.new("RGB", (20, 30)).save(tmp_path / "damaged.avif")
     content = (tmp_path / "damaged.avif").read_bytes()
-    (tmp_path / "damaged.avif").write_bytes(content[:-20])
+    (tmp_path / "damaged.avif").write_bytes(content[:-20] + bytes(20))
     with pytest.raises(OSError, match=r"damaged\.avif: expected an image"):
         segment.read_image(tmp_path / "damaged.avif")
 
