@@ -18,7 +18,8 @@ from domain_generalization.corruptions import corrupt
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
-from streets import CLASSES, IGNORE, PALETTE, StreetScenes, normalise
+from segment import COLOURS
+from streets import CLASSES, IGNORE, StreetScenes, normalise
 from torch import Tensor, nn
 
 from mgfc import FeatureMaps, load_head, viz, wrap_backbone
@@ -30,7 +31,6 @@ DOCS = HERE.parent / "docs"
 STRENGTH, SEED = 2, 0  # the strongest of three, as in the benchmark
 SHORTER, PATCH = 336, (14, 14)
 CONDITIONS = (None, "fog", "night")
-COLOURS = torch.tensor(list(PALETTE.values())) / 255
 SHEETS = (("town_0451", "fog"), ("trier_basilica_parked_cars", "night"), ("rome_colosseum_street", None))
 HOME = ("town_0451", "fog")
 INK = "#26262b"

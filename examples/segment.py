@@ -23,9 +23,11 @@ from torch.nn import functional as F
 
 from mgfc import FeatureMaps, MGFCError, get_calibration, load_head, wrap_backbone
 from mgfc.viz.files import model_size, read_image
+from mgfc.viz.pictures import class_colours
 
 HERE = Path(__file__).parent
 PATCH = 14, 14
+COLOURS = torch.tensor(list(PALETTE.values())) / 255
 MARGIN, TITLE, ROW = 14, 36, 34
 INK, PAPER = (40, 40, 44), (255, 255, 255)
 
@@ -45,16 +47,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def colour(image: Image.Image, classes: np.ndarray, strength: float = 0.65) -> Image.Image:
+def colour(image: Image.Image, classes: np.ndarray) -> Image.Image:
     """Blends the classes' colours into the image and draws a thin line between classes."""
-    palette = np.array(list(PALETTE.values()), dtype=np.float32)
-    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
-    pixels = strength * palette[classes] + (1 - strength) * grey
-    edge = np.zeros(classes.shape, dtype=bool)
-    edge[1:] |= classes[1:] != classes[:-1]
-    edge[:, 1:] |= classes[:, 1:] != classes[:, :-1]
-    pixels[edge] = 0.5 * pixels[edge] + 0.5 * 255
-    return Image.fromarray(pixels.astype(np.uint8))
+    pixels = class_colours(torch.from_numpy(np.array(image)) / 255, torch.tensor(classes).long(), COLOURS)
+    return Image.fromarray((255 * pixels).byte().numpy())
 
 
 def compose(panels: dict[str, Image.Image]) -> Image.Image:
