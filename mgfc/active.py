@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from mgfc.adapter import Adapter
@@ -30,8 +29,10 @@ class Reached:
 class _Thread(threading.local):
     """The copy of the active adapter that a thread runs under `nn.DataParallel`, and what its last forward reached."""
 
-    adapter: Adapter | None = None
-    reached: Reached | None = None
+    def __init__(self) -> None:
+        self.adapter: Adapter | None = None
+        self.has_called = False
+        self.reached = Reached()
 
     def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
         return _Thread, ()
@@ -70,19 +71,25 @@ class Active:
 
     @property
     def reached(self) -> Reached | None:
-        """What the last forward of this thread reached."""
-        return self._thread.reached
+        """What the last forward of this thread reached; None if there was none."""
+        return replace(self._thread.reached) if self._thread.has_called else None
 
     def start(self) -> Reached | None:
-        """Begins a forward of this thread, and tells what its last one reached; None if there was none."""
-        before, self._thread.reached = self._thread.reached, Reached()
+        """Begins a forward of this thread, and tells what its last one reached."""
+        before = self.reached
+        self._thread.has_called = True
+        self._thread.reached.adapted = self._thread.reached.left = False
         return before
 
-    def note(self, *, adapted: bool = False, left: bool = False) -> None:
-        """Notes what a forward reached; a compiled one does not."""
-        if not torch.compiler.is_compiling() and self._thread.reached is not None:
-            self._thread.reached.adapted |= adapted
-            self._thread.reached.left |= left
+    # Compiled blocks note it, too: in one object that stays, since what they write to a `threading.local` itself is lost.
+
+    def note_adapted(self) -> None:
+        """Notes that a forward reached a layer with a low-rank adapter."""
+        self._thread.reached.adapted = True
+
+    def note_left(self) -> None:
+        """Notes that a forward reached the end of a calibrated block."""
+        self._thread.reached.left = True
 
     def of(self, module: nn.Module) -> Adapter:
         """The adapter for a module of the backbone, or of a copy.

@@ -116,7 +116,7 @@ class Adapter(nn.Module):
     @property
     def statistics(self) -> list[RunningMean]:
         """The running statistics of all stages."""
-        return [module for module in self.modules() if isinstance(module, RunningMean)]
+        return [part for part in self._parts if isinstance(part, RunningMean)]
 
     @property
     def is_observed(self) -> bool:

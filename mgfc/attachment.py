@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from mgfc.lookout import Lookout
 from mgfc.tree import HookedModules
 
 T = TypeVar("T")
+
+_FOLLOWING = threading.RLock()  # outside of models, which are copied and pickled
 
 
 class Attachment(Adapters):
@@ -62,7 +65,7 @@ class Attachment(Adapters):
         self._fused: list[tuple[nn.Parameter, Tensor]] = []
         self.has_peft = False
         self.peft_guard: nn.Module | None = None
-        self.register_load_state_dict_post_hook(_settle_loaded)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_follow_loaded)  # type: ignore[no-untyped-call]
         self.train(tower.root.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
@@ -107,7 +110,7 @@ class Attachment(Adapters):
         _ = [list(adapted_layers(block)) for block in tower.modules()]  # an error comes before any hook
         self.__dict__["_backbone"] = tower.root
         first, entry = tower.modules()[0], image_entry(tower)
-        for module in (first,) if entry is None else (entry, first):
+        for module in (tower.root, first) if entry is None else (tower.root, entry, first):  # one may be replaced
             module.register_forward_pre_hook(self._prepare)
         self.lookout.attach(first if entry is None else entry)
         self.active.attach(tower.root)
@@ -151,7 +154,6 @@ class Attachment(Adapters):
         super().train(mode)
         if "_backbone" in self.__dict__:
             self._follow()
-            self._settle()
         if self._frozen is not None:
             self._frozen.hold(self.backbone)
         if self.peft_guard is None:
@@ -169,36 +171,33 @@ class Attachment(Adapters):
         self._values[name] = placement.place(adapter, self.tower)
         self._put(name, adapter)
 
-    def _settle(self) -> None:
-        """Sees to it that calibrators have values and lie where their blocks compute, whatever was done to the model.
+    def _follow(self) -> None:
+        """Follows what was done to the model: hooks move with its layers, calibrators get values and lie where blocks compute.
 
         Raises:
             CalibrationError: if values are lost.
         """
-        for name, adapter in self.adapters.items():
-            values, spare = self._values.setdefault(name, {}), self._spare.setdefault(name, {})
-            had_none = bool(values)
-            if had_none or placement.lacks_values(adapter):
-                placement.settle(adapter, self.tower, values, spare)
-            if had_none and not values:
-                adapter.requires_grad_(name == self.active_adapter)  # whoever read a file made new parameters
+        with _FOLLOWING:  # two threads that move the hooks at once would leave them twice
+            if self._hooked is not None and self._hooked.has_moved():
+                for hooks in self.blocks:
+                    hooks.follow(self.backbone)
+                self._hooked.relink(self.backbone)
+            for name, adapter in self.adapters.items():
+                values, spare = self._values.setdefault(name, {}), self._spare.setdefault(name, {})
+                had_none = bool(values)
+                if had_none or placement.lacks_values(adapter):
+                    placement.settle(adapter, self.tower, values, spare)
+                if had_none and not values:
+                    adapter.requires_grad_(name == self.active_adapter)  # whoever read a file made new parameters
 
     def _prepare(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before images enter the backbone, and before its first block."""
+        """Before the backbone, before images enter it, and before its first block."""
         if torch.compiler.is_compiling() or is_recomputing():
             return
         self._follow()
         if self._hooked is not None:
             self._hooked.require_present()
-        self._settle()
         self._spare.clear()
-
-    def _follow(self) -> None:
-        """Moves hooks to where the layers of the blocks are now."""
-        if self._hooked is not None and self._hooked.has_moved():
-            for hooks in self.blocks:
-                hooks.follow(self.backbone)
-            self._hooked.relink(self.backbone)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Attachment:
         lacking = [name for name, adapter in self.adapters.items() if placement.lacks_values(adapter)]
@@ -244,7 +243,7 @@ class Attachment(Adapters):
                 self.unfuse()
 
 
-def _settle_loaded(calibration: nn.Module, incompatible: Any) -> None:
+def _follow_loaded(calibration: nn.Module, incompatible: Any) -> None:
     """After a state dict, which may have brought values to a model that had none."""
     if isinstance(calibration, Attachment) and "_backbone" in calibration.__dict__:
-        calibration._settle()
+        calibration._follow()

@@ -151,7 +151,7 @@ class BlockHooks:
         layer, tensor = self._layer(module), first_tensor(args, kwargs)
         if not isinstance(layer, CalibLayer) or layer.low_rank is None or tensor is None:
             return None
-        self.active.note(adapted=True)
+        self.active.note_adapted()
         if self.active.fused:
             if layer.training and torch.is_grad_enabled():
                 raise CalibrationError("The low-rank adapters are fused into the weights. Call calibration.unfuse() to train.")
@@ -175,7 +175,7 @@ class BlockHooks:
         layer = self._layer(block)
         if layer is None:
             return None
-        self.active.note(left=True)
+        self.active.note_left()
         tensor = pick_tensor(output)
         if tensor is None:
             raise self._error(f"expected tokens from the block, found {type(output).__name__}")

@@ -15,7 +15,8 @@ from mgfc.calibrators.running import is_recomputing
 _PAGE = 'The page "Code bases that freeze their backbone" of the documentation has the common cases.'
 FROZEN = (
     "The calibrators are frozen, so that they learn nothing: something set requires_grad to False after wrap_backbone. Call "
-    f"calibration.set_adapter(calibration.active_adapter) behind it. If it is meant, call calibration.eval(). {_PAGE}"
+    "calibration.set_adapter(calibration.active_adapter) behind it. If it is meant, call calibration.eval(), or, while they "
+    f"are fresh, set calibration.enabled = False. {_PAGE}"
 )
 NO_GRADIENTS = (
     "Forwards in training mode run without gradients (torch.no_grad or inference_mode), so that the calibrators learn nothing. "
@@ -48,8 +49,10 @@ class Lookout:
     def __init__(self, active: Active) -> None:
         self.active = active
         self._warned: set[str] = set()
-        self._seen: int | None = None
-        self._without_gradients: int | None = None
+        self._seen: tuple[int, bool, bool] | None = None
+        self._had_gradients = False
+        self._had_none = False
+        self._passed_by = False
 
     def attach(self, module: nn.Module) -> None:
         """Registers the hook."""
@@ -57,34 +60,50 @@ class Lookout:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before images enter the backbone."""
-        if torch.compiler.is_compiling() or is_recomputing() or not self.active.enabled:
+        if _is_traced() or not self.active.enabled:
             return
         adapter = self.active.adapter
-        before = self.active.start()
-        if adapter.training and before is not None and adapter.layers and not before.left:
-            self._warn(PASSED_BY.format(LOW_RANK_ALONE if before.adapted else NOTHING))
+        self._had_gradients |= adapter.training and torch.is_grad_enabled()
+        if is_recomputing():  # of a forward that reentrant checkpointing ran without gradients
+            return
+        self._watch_blocks(adapter)
         parameters = [tensor for tensor in adapter.tensors() if isinstance(tensor, nn.Parameter)]
         if any(mean.observing for mean in adapter.statistics) or any(p.is_inference() or p.is_meta for p in parameters):
             return
-        is_frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
-        version = sum(p._version for p in parameters)
-        if is_frozen and (_is_fresh(adapter) if not adapter.training else torch.is_grad_enabled()):
-            self._warn(FROZEN)
-        elif adapter.training:
-            self._watch_gradients([p for p in parameters if p.requires_grad], version)
-        elif version != self._seen:  # something changed a parameter, as an optimizer does
-            self._seen = version
-            if adapter.num_batches == 0 and adapter.learnt:
-                self._warn(EVAL if torch.is_grad_enabled() and parameters and not is_frozen else EMPTY)
+        is_training = bool(parameters) and torch.is_grad_enabled()
+        is_frozen = not any(p.requires_grad for p in parameters)
+        state = sum(p._version for p in parameters), is_training, is_frozen
+        if adapter.training:
+            self._watch_training(is_training, is_frozen)
+        elif state != self._seen:  # something changed a parameter, as an optimizer does
+            self._seen = state
+            self._watch_evaluation(adapter, is_training, is_frozen)
 
-    def _watch_gradients(self, parameters: list[nn.Parameter], version: int) -> None:
-        """Reentrant checkpointing runs a forward without gradients, too; but then an optimizer's step follows some of them."""
-        if torch.is_grad_enabled() or not parameters or any(p.grad is not None for p in parameters):
-            self._without_gradients = None
-        elif self._without_gradients == version:
-            self._warn(NO_GRADIENTS)
-        else:
-            self._without_gradients = version
+    def _watch_blocks(self, adapter: Adapter) -> None:
+        """One forward may have ended before the blocks, by an error, or been of the patch embedding alone; not two in a row."""
+        before = self.active.start()
+        passed_by = adapter.training and before is not None and len(adapter.layers) > 0 and not before.left
+        if passed_by and self._passed_by and before is not None:
+            self._warn(PASSED_BY.format(LOW_RANK_ALONE if before.adapted else NOTHING))
+        self._passed_by = passed_by
+
+    def _watch_training(self, is_training: bool, is_frozen: bool) -> None:
+        if is_frozen:
+            if is_training:
+                self._warn(FROZEN)
+        elif not self._had_gradients:  # one may be a look at the outputs
+            if self._had_none:
+                self._warn(NO_GRADIENTS)
+            self._had_none = True
+
+    def _watch_evaluation(self, adapter: Adapter, is_training: bool, is_frozen: bool) -> None:
+        if adapter.num_batches == 0 and adapter.learnt:
+            if is_training and not is_frozen:
+                self._warn(EVAL)
+            elif EVAL not in self._warned:
+                self._warn(EMPTY)
+        elif is_training and is_frozen and not adapter.learnt and not adapter.num_batches:
+            self._warn(FROZEN)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -92,5 +111,10 @@ class Lookout:
             warnings.warn(message, stacklevel=2)
 
 
-def _is_fresh(adapter: Adapter) -> bool:
-    return not adapter.learnt and not adapter.num_batches
+def _is_traced() -> bool:
+    """Whether tensors may have no values to look at: under compile, export, `torch.jit.trace` and `torch.func`."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

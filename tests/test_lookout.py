@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from helpers import randomise
 from tiny import tiny_vit
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from mgfc import CoarseConfig, MGFCConfig, get_calibration, wrap_backbone
@@ -122,13 +124,13 @@ def train(model: Host, steps: int = 3) -> list[str]:
             RunsParts,
             "low-rank adapters have an effect, but the stages behind a block none",
             "calibration.check(images, model=",
-            2,
+            3,
         ),
         (
             SkipsBlocks,
             "none of the calibrated blocks, so that calibrators have no effect",
             "calibration.check(images, model=",
-            2,
+            3,
         ),
     ],
 )
@@ -162,6 +164,108 @@ def test_what_is_meant_is_not_talked_about() -> None:
         with torch.no_grad():  # a teacher in training mode
             model.train()(IMAGES)
             model(IMAGES)
+
+
+def test_probing_the_head_first_is_not_talked_about() -> None:
+    """Each way that the warnings name, for calibrators that are trained later."""
+    model = Host()
+    calibration = model.backbone.calibration
+    calibration.enabled = False
+    calibration.requires_grad_(False)
+    assert train(model) == []
+    calibration.enabled = True
+    calibration.set_adapter("default")
+    assert train(model) == []
+
+    class Probed(Host):
+        def train(self, mode: bool = True) -> Host:
+            super().train(mode)
+            self.backbone.calibration.eval()
+            return self
+
+    trained = Probed()
+    trained.load_state_dict(model.state_dict())
+    trained.backbone.requires_grad_(False)
+    assert train(trained) == []
+
+
+def test_a_frozen_fresh_model_without_gradients_is_not_talked_about() -> None:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model = Host().requires_grad_(False).eval()
+        model(IMAGES)
+        model(IMAGES)
+
+
+def test_empty_statistics_are_told_once_where_validation_follows_training() -> None:
+    model = FrozenEncoder()
+    (message,) = train(model)
+    assert "trained in eval mode" in message
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model.eval()(IMAGES)
+
+
+def test_passes_over_the_data_after_training_are_fine() -> None:
+    """As `torch.optim.swa_utils.update_bn` makes them: in training mode, without gradients, one after another."""
+    model = Host()
+    model.head = nn.Sequential(model.head, nn.BatchNorm1d(25))
+    assert train(model) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update_bn([IMAGES] * 3, model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*pytree")
+def test_compiled_blocks_are_reached() -> None:
+    """Also by a thread of its own, whose forwards are told apart."""
+    model = Host()
+    for block in model.backbone.blocks:
+        block.compile(backend="eager")
+    assert train(model) == []
+    found: list[Any] = []
+
+    def run() -> None:
+        model(IMAGES)
+        found.append(model.backbone.calibration.active.reached)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found[0].left and found[0].adapted
+
+
+def test_a_forward_that_ends_early_is_fine() -> None:
+    """The patch embedding alone, as hosts count tokens, and an error that is handled, as where memory runs out."""
+    model = Host().train()
+    with torch.no_grad():
+        model.backbone.patch_embed(IMAGES)
+    assert train(model) == []
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.backbone.blocks[0].register_forward_pre_hook(fail, prepend=True)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(IMAGES)
+    handle.remove()
+    assert train(model) == []
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transformed_functions_are_left_alone() -> None:
+    """`torch.func` hands in tensors whose values cannot be looked at."""
+    models = [tiny_vit(seed) for seed in (0, 1)]
+    for model in models:
+        randomise(wrap_backbone(model, MGFCConfig(rank=4)).calibration)
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def run(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(models[0], (parameters, buffers), (IMAGES,))
+
+    found = torch.func.vmap(run)(parameters, buffers)
+    for output, model in zip(found, models, strict=True):
+        torch.testing.assert_close(output, model(IMAGES), rtol=1e-4, atol=1e-5)
 
 
 def test_reentrant_checkpointing_of_a_whole_backbone_is_fine() -> None:

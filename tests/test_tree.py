@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import threading
@@ -28,6 +29,7 @@ from mgfc import (
     unwrap_backbone,
     wrap_backbone,
 )
+from mgfc.blocks import BlockHooks
 
 IMAGES = torch.randn(4, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
@@ -68,6 +70,37 @@ class TestReplaced:
         vit.patch_embed = tiny_vit().patch_embed
         with pytest.raises(CalibrationError, match="patch_embed"):
             vit(IMAGES.mT)
+
+    def test_all_at_once(self) -> None:
+        vit, other = tiny_vit(), tiny_vit(1)
+        calibrated(vit)
+        vit.patch_embed, vit.blocks = other.patch_embed, other.blocks
+        with pytest.raises(CalibrationError, match="expected patch_embed as it was wrapped"):
+            vit(IMAGES)
+
+    @torch.no_grad()
+    def test_threads_move_hooks_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two that meet a change of the model at once; each would leave hooks of its own."""
+        vit = tiny_vit()
+        calibrated(vit)
+        vit.blocks[1].mlp = copy.deepcopy(vit.blocks[1].mlp).requires_grad_(False)
+        expected = copy.deepcopy(vit)(IMAGES)
+        both, attach = threading.Barrier(2), BlockHooks._attach_adapter
+
+        def attach_together(hooks: BlockHooks, block: nn.Module) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(timeout=1)  # one waits in vain, if the other has to wait for it
+            attach(hooks, block)
+
+        monkeypatch.setattr(BlockHooks, "_attach_adapter", attach_together)
+        found: list[Tensor] = []
+        # Threads do not inherit the mode.
+        threads = [threading.Thread(target=lambda: found.append(vit(IMAGES).detach())) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 2 and all(same(output, expected) for output in (*found, vit(IMAGES)))
 
     def test_containers_wrappers_and_shortened_models_are_fine(self) -> None:
         vit = tiny_vit()
