@@ -31,7 +31,8 @@ from mgfc.tree import HookedModules
 
 T = TypeVar("T")
 
-_FOLLOWING = threading.RLock()  # outside of models, which are copied and pickled
+# Whoever finds a change of the model first mends it. Not a part of models, which are copied and pickled.
+_CHANGING = threading.RLock()
 
 
 class Attachment(Adapters):
@@ -65,7 +66,7 @@ class Attachment(Adapters):
         self._fused: list[tuple[nn.Parameter, Tensor]] = []
         self.has_peft = False
         self.peft_guard: nn.Module | None = None
-        self.register_load_state_dict_post_hook(_follow_loaded)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_settle_loaded)  # type: ignore[no-untyped-call]
         self.train(tower.root.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
@@ -154,6 +155,7 @@ class Attachment(Adapters):
         super().train(mode)
         if "_backbone" in self.__dict__:
             self._follow()
+            self._settle()
         if self._frozen is not None:
             self._frozen.hold(self.backbone)
         if self.peft_guard is None:
@@ -171,24 +173,21 @@ class Attachment(Adapters):
         self._values[name] = placement.place(adapter, self.tower)
         self._put(name, adapter)
 
-    def _follow(self) -> None:
-        """Follows what was done to the model: hooks move with its layers, calibrators get values and lie where blocks compute.
+    def _settle(self) -> None:
+        """Sees to it that calibrators have values and lie where their blocks compute, or raises `CalibrationError`."""
+        with _CHANGING:
+            for name, adapter in self.adapters.items():
+                values, spare = self._values.setdefault(name, {}), self._spare.setdefault(name, {})
+                if placement.settle(adapter, self.tower, values, spare):
+                    adapter.requires_grad_(name == self.active_adapter)  # whoever read a file made new parameters
 
-        Raises:
-            CalibrationError: if values are lost.
-        """
-        with _FOLLOWING:  # two threads that move the hooks at once would leave them twice
+    def _follow(self) -> None:
+        """Moves hooks to where the layers of the blocks are now."""
+        with _CHANGING:
             if self._hooked is not None and self._hooked.has_moved():
                 for hooks in self.blocks:
                     hooks.follow(self.backbone)
                 self._hooked.relink(self.backbone)
-            for name, adapter in self.adapters.items():
-                values, spare = self._values.setdefault(name, {}), self._spare.setdefault(name, {})
-                had_none = bool(values)
-                if had_none or placement.lacks_values(adapter):
-                    placement.settle(adapter, self.tower, values, spare)
-                if had_none and not values:
-                    adapter.requires_grad_(name == self.active_adapter)  # whoever read a file made new parameters
 
     def _prepare(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before the backbone, before images enter it, and before its first block."""
@@ -197,6 +196,7 @@ class Attachment(Adapters):
         self._follow()
         if self._hooked is not None:
             self._hooked.require_present()
+        self._settle()
         self._spare.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Attachment:
@@ -243,7 +243,7 @@ class Attachment(Adapters):
                 self.unfuse()
 
 
-def _follow_loaded(calibration: nn.Module, incompatible: Any) -> None:
+def _settle_loaded(calibration: nn.Module, incompatible: Any) -> None:
     """After a state dict, which may have brought values to a model that had none."""
     if isinstance(calibration, Attachment) and "_backbone" in calibration.__dict__:
-        calibration._follow()
+        calibration._settle()

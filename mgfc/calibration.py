@@ -174,7 +174,7 @@ class Calibration(Attachment):
 
     def summary(self) -> str:
         """A table of trainable parameters per block and granularity, their share of the backbone, and batches seen."""
-        self._follow()
+        self._settle()
         num_backbone = sum(p.numel() for p in self.backbone.parameters()) - sum(p.numel() for p in self.parameters())
         return reports.summary(self.block_names, self.adapter, num_backbone)
 
@@ -186,7 +186,7 @@ class Calibration(Attachment):
             head: a segmentation head to keep beside the adapter.
             **card: `training`, `base_model` and `license`, as in `mgfc.storage.directory.save`, which tells the rest.
         """
-        self._follow()
+        self._settle()
         save(directory, self.tower, self.adapter, head=head, with_peft=self.has_peft, **card)
 
     def push_to_hub(self, repo_id: str, *, head: nn.Module | None = None, **options: Any) -> str:

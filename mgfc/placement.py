@@ -60,7 +60,7 @@ def place(adapter: Adapter, tower: Tower) -> dict[str, Tensor]:
     return values
 
 
-def settle(adapter: Adapter, tower: Tower, values: dict[str, Tensor], spare: dict[str, Tensor]) -> None:
+def settle(adapter: Adapter, tower: Tower, values: dict[str, Tensor], spare: dict[str, Tensor]) -> bool:
     """Gives calibrators the values that they lack, once their blocks have theirs, and takes them back from accelerate.
 
     Args:
@@ -69,9 +69,15 @@ def settle(adapter: Adapter, tower: Tower, values: dict[str, Tensor], spare: dic
         values: from `place`. They move to `spare`, used or not, since a file had others.
         spare: for tensors that Transformers then hands to a disk that does not have them.
 
+    Returns:
+        Whether all have them now, and some did not before.
+
     Raises:
         CalibrationError: if values are lost.
     """
+    had_none = bool(values)
+    if not had_none and not lacks_values(adapter):
+        return False
     for prefix, module, device in _homes(adapter, tower):
         if device.type == "meta":
             continue
@@ -79,6 +85,7 @@ def settle(adapter: Adapter, tower: Tower, values: dict[str, Tensor], spare: dic
             _settle(part, f"{prefix}{path}." if path else prefix, device, values, spare)
         if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
             module.to(device)
+    return had_none and not values
 
 
 def lacks_values(adapter: Adapter) -> bool:

@@ -25,6 +25,7 @@ from mgfc import (
     MGFCConfig,
     ReinConfig,
     SegmentationHead,
+    UnsupportedBackboneError,
     get_calibration,
     unwrap_backbone,
     wrap_backbone,
@@ -132,6 +133,16 @@ class TestReplaced:
         found = vit(IMAGES)
         assert same(found, expected(IMAGES)) and not same(found, before)
         assert all(report.changed for report in calibration.check(IMAGES))
+
+    def test_what_cannot_be_followed_can_be_saved(self, tmp_path: Path) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        vit = tiny_vit()
+        calibration = calibrated(vit)
+        get_peft_model(vit, LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["mlp"]))
+        with pytest.raises(UnsupportedBackboneError, match="modules_to_save runs a copy of mlp"):
+            vit(IMAGES)
+        calibration.save_pretrained(tmp_path)
 
     def test_unwrapping_afterwards_leaves_no_hook(self) -> None:
         vit = tiny_vit().requires_grad_(False)
