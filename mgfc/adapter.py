@@ -221,7 +221,7 @@ def _build_layers(config: MGFCConfig, indices: tuple[int, ...], widths: Sequence
         layers[str(index)] = CalibLayer(
             dim,
             None if config.rank is None else LowRank(*widths[index][1:], config.rank),
-            MediumCalib(dim, medium.num_prototypes, medium.temperature, medium.strength)
+            MediumCalib(dim, medium.num_prototypes, medium.temperature, medium.strength, medium.threshold)
             if medium and index in in_medium
             else None,
             FineCalib(dim, fine.kernel_size) if fine and index in in_fine else None,

@@ -208,7 +208,7 @@ def medium_by_hand(module: MediumCalib, image: Tensor) -> Tensor:
         share = assignment[:, k].sum() / len(image)
         centroid = sum(assignment[i, k] * x for i, x in enumerate(image)) / assignment[:, k].sum()
         distance = ((prototype - centroid) ** 2 / variances[k]).mean()
-        strength = module.strength * max(0.0, 1 - 2 / distance)
+        strength = module.strength * max(0.0, 1 - module.threshold / distance)
         offsets.append(strength * share / (share + 0.025) * (prototype - centroid))
     moved = [sum(assignment[i, k] * offset for k, offset in enumerate(offsets)) for i in range(len(image))]
     return torch.stack([x + shift for x, shift in zip(image, moved, strict=True)])
@@ -246,7 +246,7 @@ def test_coarse_is_its_equation(strength: float, channels: int) -> None:
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_medium_is_its_equation(temperature: float) -> None:
-    module, tokens = MediumCalib(6, 5, temperature).double(), torch.randn(2, 12, 6, dtype=torch.float64)
+    module, tokens = MediumCalib(6, 5, temperature, threshold=1.5).double(), torch.randn(2, 12, 6, dtype=torch.float64)
     randomise(module)
     expected = torch.stack([medium_by_hand(module.eval(), image) for image in tokens])
     torch.testing.assert_close(module(tokens, (3, 4)), expected, rtol=0, atol=1e-12)

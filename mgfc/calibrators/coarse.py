@@ -36,10 +36,10 @@ class CoarseCalib(SourceCalib):
     """
 
     # The variance is measured on augmented crops of training, which vary more than whole images.
-    USUAL = 0.5
+    THRESHOLD = 0.5
 
     def __init__(self, channels: int, strength: float = 1.0, randomise: float = 0.0) -> None:
-        super().__init__(strength)
+        super().__init__(strength, self.THRESHOLD)
         self.randomise = randomise
         # First and second moment of the two statistics of an image.
         self.source = RunningMean(2, 2, channels)

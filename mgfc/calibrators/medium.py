@@ -34,7 +34,7 @@ class MediumCalib(SourceCalib):
     them, and the centroids c of this image:
 
         A = softmax(cos(X - m, P - m') / tau);   q_k = mean of A_k over the patches;   c_k = mean of X under A_k
-        z_k = mean of (P_k - c_k)^2 / v'_k over the channels;   a_k = s max(0, 1 - 2 / z_k) q_k / (q_k + q0)
+        z_k = mean of (P_k - c_k)^2 / v'_k over the channels;   a_k = s max(0, 1 - z0 / z_k) q_k / (q_k + q0)
         X <- X + A [a (P - c)]
 
     m' is the mean of the source's tokens, and m lies half-way from it to this image's mean. v'_k is the variance of c_k
@@ -49,17 +49,24 @@ class MediumCalib(SourceCalib):
         num_prototypes: K.
         temperature: tau; smaller is harder.
         strength: s; 0 leaves a category as it is, 1 gives one that is far from the source's the source's mean.
+        threshold: z0; a category of the source's own images has a z of about 1.
 
     Examples:
         >>> MediumCalib(64)(torch.randn(2, 6 * 9, 64), (6, 9)).shape
         torch.Size([2, 54, 64])
     """
 
-    USUAL = 2.0
     CERTAIN_SHARE = 0.025
 
-    def __init__(self, dim: int, num_prototypes: int = 16, temperature: float = 0.05, strength: float = 1.0) -> None:
-        super().__init__(strength)
+    def __init__(
+        self,
+        dim: int,
+        num_prototypes: int = 16,
+        temperature: float = 0.05,
+        strength: float = 1.0,
+        threshold: float = 2.0,
+    ) -> None:
+        super().__init__(strength, threshold)
         self.num_prototypes = num_prototypes
         self.temperature = temperature
         # Of each prototype, over images: q, q c and q c^2.

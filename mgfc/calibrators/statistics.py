@@ -15,7 +15,7 @@ class SourceCalib(nn.Module):
 
     For statistics t of an image, whose mean and variance over the images of the source are t' and v':
 
-        z = mean of (t' - t)^2 / v';   a = s max(0, 1 - usual / z);   t <- t + a (t' - t)
+        z = mean of (t' - t)^2 / v';   a = s max(0, 1 - z0 / z);   t <- t + a (t' - t)
 
     In training mode, and while it is observing, images pass unchanged and the running statistics are updated, so that what
     is learnt meets the source's full variety. A module without statistics is the identity. Nothing here fits the source by
@@ -23,15 +23,15 @@ class SourceCalib(nn.Module):
 
     Args:
         strength: s; 0 leaves an image as it is, 1 gives one that is far from all others the source's statistics.
+        threshold: z0, the z up to which an image is not moved; over the images of the source, z is 1 on average.
     """
 
-    USUAL: float
-    """The z up to which an image is not moved; over the images of the source, z is 1 on average."""
     source: RunningMean
 
-    def __init__(self, strength: float) -> None:
+    def __init__(self, strength: float, threshold: float) -> None:
         super().__init__()
         self.strength = strength
+        self.threshold = threshold
 
     @property
     def is_gathering(self) -> bool:
@@ -41,7 +41,7 @@ class SourceCalib(nn.Module):
     def fraction(self, away: Tensor, variance: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """The factor a, from t' - t and v'; z is a mean over `dim`, which stays with size 1."""
         distance = squared_distance(away, variance, dim)
-        return self.source.ready * self.strength * (1 - self.USUAL / distance.clamp_min(self.USUAL))
+        return self.source.ready * self.strength * (1 - self.threshold / distance.clamp_min(self.threshold))
 
 
 def squared_distance(away: Tensor, variance: Tensor, dim: int | tuple[int, ...]) -> Tensor:
