@@ -113,19 +113,19 @@ class MediumConfig(_Config):
         num_prototypes: categories K of each block.
         temperature: tau of the softmax over cosine similarities.
         strength: s, from 0 to 1: the share of the way to the source's prototype that a category far from it is moved.
-        threshold: z0, the squared distance from the source's prototype up to which a category stays as it is, in variances
-            of the source; higher for domains that differ in what they show.
         layers: which of the calibrated blocks have this stage: "all", "first:n" or "last:n" of them, or block indices
             (negative ones count from the end).
         loss_weight: weight of the loss on each patch's mix of categories; 0 turns it off.
+        threshold: z0, the squared distance from the source's prototype up to which a category stays as it is, in variances
+            of the source; higher for domains that differ in what they show.
     """
 
     num_prototypes: int = 16
     temperature: float = 0.05
     strength: float = 1.0
-    threshold: float = 2.0
     layers: Layers = "last:8"
     loss_weight: float = 0.0
+    threshold: float = 2.0
 
     def __post_init__(self) -> None:
         self._check_size("num_prototypes")

@@ -31,6 +31,7 @@ from mgfc import (
     AdapterNotFoundError,
     ConfigError,
     FineConfig,
+    MediumConfig,
     MGFCConfig,
     MGFCError,
     SegmentationHead,
@@ -528,7 +529,8 @@ def test_what_a_configuration_of_format_1_leaves_out_means_what_it_meant(tmp_pat
     path.write_text(json.dumps(values))
     with pytest.warns(UserWarning, match="format 1"):
         calibration = wrap_backbone(old_vit(), tmp_path / "adapter").calibration
-    assert None not in (calibration.config.fine, calibration.config.coarse, calibration.config.medium)
+    assert None not in (calibration.config.fine, calibration.config.coarse)
+    assert calibration.config.medium == MediumConfig(layers="last:4", threshold=1.0)
 
 
 def test_info_of_format_1(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,8 @@ def upgrade_calibration(values: Mapping[str, Any]) -> dict[str, Any]:
     A missing stage meant its defaults of then. Blocks of the coarse stage, which calibrated features, are gone.
     """
     upgraded = {"coarse": {}, "medium": {}, "fine": {}} | dict(values)
+    if isinstance(upgraded["medium"], dict):
+        upgraded["medium"] = {"layers": "last:4", "threshold": 1.0} | upgraded["medium"]
     if isinstance(upgraded["coarse"], dict):
         upgraded["coarse"] = {key: value for key, value in upgraded["coarse"].items() if key != "layers"}
     return upgraded
