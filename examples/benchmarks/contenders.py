@@ -8,7 +8,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,7 @@ class NotAvailable(Exception):  # noqa: N818 - a result rather than an error
 
 def configure(*stages: str) -> MGFCConfig:
     """The adapter and these stages alone, each as by default."""
-    known = {field.name for field in fields(MGFCConfig)}
-    missing = set(stages) - known
-    if missing:
-        raise NotAvailable(f"MGFCConfig has no {missing.pop()}")
-    return MGFCConfig.from_dict({stage: {} if stage in stages else None for stage in STAGES if stage in known})
+    return MGFCConfig.from_dict({stage: {} if stage in stages else None for stage in STAGES})
 
 
 def mgfc(vit: nn.Module) -> None:
@@ -71,13 +67,9 @@ def dora(vit: nn.Module) -> None:
 
 def fuse(vit: Any) -> None:
     """Puts mgfc's adapter into the frozen weights, where this version of mgfc can."""
-    calibration = vit.calibration
-    if hasattr(calibration, "fuse"):
-        calibration.fuse()
-    elif hasattr(calibration, "fused"):
-        calibration.fused().__enter__()
-    else:
-        raise NotAvailable("the calibration has neither fuse() nor fused()")
+    if not hasattr(vit.calibration, "fuse"):
+        raise NotAvailable("the calibration has no fuse()")
+    vit.calibration.fuse()
 
 
 def merge(vit: nn.Module) -> None:
