@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import leaving
 import pytest
 import timm
 import torch
@@ -120,6 +121,7 @@ def work(rank: int, kind: str, folder: str, options: dict[str, Any]) -> None:
         torch.save({"curve": curve, "state": state}, f"{folder}/result.pt")
     dist.barrier()
     dist.destroy_process_group()
+    leaving.leave()
 
 
 def distribute(model: Segmenter, kind: str) -> Any:
@@ -259,7 +261,7 @@ def test_a_checkpoint_of_the_adapter_alone_resumes(kind: str, tmp_path: Path) ->
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_the_example_under_torchrun(engine: str, tmp_path: Path) -> None:
     example = Path(__file__).parents[1] / "examples" / "train_distributed.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD), leaving.__file__]
     words = f"--engine {engine} --model test_vit --size 32 48 --steps 2 --out {tmp_path / 'adapter'}".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, str(example), *words], capture_output=True, text=True, env=environment, check=False)
@@ -294,7 +296,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(ACCELERATED)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(WORLD)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = [str(tmp_path / "train.py"), str(tmp_path / "adapter"), str(WORLD)]
+    script = [leaving.__file__, str(tmp_path / "train.py"), str(tmp_path / "adapter"), str(WORLD)]
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *script], capture_output=True, text=True, env=environment, check=False)

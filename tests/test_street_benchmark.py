@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import leaving
 import numpy as np
 import pytest
 import timm
@@ -250,7 +251,7 @@ def two_processes(data: Path, backbone: str, tmp_path_factory: pytest.TempPathFa
         runs.append(words(run, folder / f"{engine} whole", data, *options))
         runs.append(words(run, folder / f"{engine} halved", data, *options, "--stop-at", "1"))
         runs.append(words(run, folder / f"{engine} halved", data, *options))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", leaving.__file__]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "examples")])}
     done = subprocess.run(
         [*launcher, str(folder / "driver.py"), json.dumps(runs)],
