@@ -10,7 +10,7 @@ from torch import nn
 
 from mgfc.active import Active
 from mgfc.adapter import Adapter
-from mgfc.calibrators.running import is_recomputing
+from mgfc.calibrators.running import is_recomputing, is_traced
 
 _PAGE = 'The page "Code bases that freeze their backbone" of the documentation has the common cases.'
 FROZEN = (
@@ -60,7 +60,7 @@ class Lookout:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before images enter the backbone."""
-        if _is_traced() or not self.active.enabled:
+        if is_traced() or not self.active.enabled:
             return
         adapter = self.active.adapter
         self._had_gradients |= adapter.training and torch.is_grad_enabled()
@@ -109,12 +109,3 @@ class Lookout:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
-
-
-def _is_traced() -> bool:
-    """Whether tensors may have no values to look at: under compile, export, `torch.jit.trace` and `torch.func`."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )

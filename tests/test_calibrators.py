@@ -280,6 +280,10 @@ def test_low_rank_is_its_equation(channels: slice, shape: tuple[int, ...]) -> No
     down, up = low_rank.down.T, low_rank.up.T[:, channels]
     expected = torch.stack([h + 2 * f @ down @ up for f, h in zip(tokens, output, strict=True)])
     torch.testing.assert_close(low_rank(tokens, output, channels, record), expected, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        written = low_rank(tokens, output, channels, inplace=True)
+    torch.testing.assert_close(written, expected, rtol=0, atol=1e-12)
+    assert torch.equal(written, output) or not output.is_contiguous()
     scene = torch.stack([(f @ down).flatten(0, -2).mean(dim=0) for f in tokens])
     torch.testing.assert_close(record["scene"], scene, rtol=0, atol=1e-12)
     torch.testing.assert_close(2 * tokens @ down @ up, tokens @ low_rank.weight(channels).T, rtol=0, atol=1e-12)

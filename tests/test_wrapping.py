@@ -7,12 +7,14 @@ import math
 import pickle
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import timm
 import torch
 from helpers import SIZES, assert_unchanged, forget, only_layer, randomise, same, snapshot, tensors
+from packaging.version import Version
 from test_zoo import flat, grid_starts, in_raster_order
 from torch import Tensor, nn
 from zoo import CASES, Case, cases
@@ -296,6 +298,8 @@ REENTRANT = [c for c in CHECKPOINTED if c.library == "transformers" and c.archit
 )
 def test_checkpointing_gives_the_same_gradients(case: Case, options: dict[str, bool] | None) -> None:
     """Two forwards, at other sizes where the class permits, before one backward."""
+    if options and Version(version("transformers")) < Version("5.23"):
+        pytest.skip("Transformers before 5.23 gives no gradients with use_reentrant=True")
     grads = []
     for checkpointing in (False, True):
         model, calibration = wrapped(case)

@@ -38,7 +38,12 @@ class LowRank(nn.Module):
         return f"entry={self.down.shape[1]}, hidden={len(self.up)}, rank={len(self.down)}"
 
     def forward(
-        self, tokens: Tensor, output: Tensor, channels: slice = slice(None), record: dict[str, Tensor] | None = None
+        self,
+        tokens: Tensor,
+        output: Tensor,
+        channels: slice = slice(None),
+        record: dict[str, Tensor] | None = None,
+        inplace: bool = False,
     ) -> Tensor:
         """Adapts what the linear layer computed.
 
@@ -47,6 +52,7 @@ class LowRank(nn.Module):
             output: H or some channels of it, (..., channels).
             channels: which channels of H these are.
             record: receives "scene", the mean of F W_down over the tokens of each image, (B, r).
+            inplace: whether `output` may be written to, which saves a pass over the widest tensor of a block.
 
         Returns:
             H of these channels, (..., channels), in the dtype of `output`.
@@ -56,7 +62,8 @@ class LowRank(nn.Module):
         if record is not None:
             record["scene"] = reduced.view(len(tokens), -1, reduced.shape[-1]).mean(dim=1).to(self.down.dtype)
         up = self.up[channels].to(dtype)
-        return torch.addmm(output.flatten(0, -2), reduced, up.transpose(-2, -1), alpha=self.SCALE).view_as(output)
+        add = Tensor.addmm_ if inplace and reduced.dtype == dtype else Tensor.addmm  # autocast casts for the second alone
+        return add(output.flatten(0, -2), reduced, up.transpose(-2, -1), alpha=self.SCALE).view_as(output)
 
     def weight(self, channels: slice = slice(None)) -> Tensor:
         """What the adapter adds to the weight of the linear layer, or to some of its rows: (hidden, entry)."""

@@ -29,6 +29,15 @@ def statistics_in_words(num_batches: int | None, is_observed: bool) -> str | Non
     return f"statistics of {num_batches} batches, gathered {'after' if is_observed else 'during'} training"
 
 
+def is_traced() -> bool:
+    """Whether tensors may have no values to look at: under compile, export, `torch.jit.trace` and `torch.func`."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 @contextmanager
 def as_one_batch(module: nn.Module) -> Iterator[None]:
     """Within it, the images of a batch may pass one by one: running means are updated by all of them at the end."""
