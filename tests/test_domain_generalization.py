@@ -550,7 +550,7 @@ def full_record(method: str, seed: int, dusk: float, variant: str = "as trained"
     miou = {name: values["sky"] for name, values in iou.items()}
     cost = {"parameters": 1000, "seconds_per_step": 0.5, "peak_memory_mib": 100.0, "machine": "CPU, 1 thread", "torch": "2"}
     cost |= {"seconds_per_image": 0.1, "control_seconds_per_image": 0.002}
-    figures = {"miou": miou, "boundary": miou, "scatter": miou, "iou": iou}
+    figures = {"calibration": None, "miou": miou, "boundary": miou, "scatter": miou, "iou": iou}
     return json.loads(json.dumps({"settings": asdict(settings), "variant": variant, **cost, **figures}))
 
 
@@ -575,6 +575,10 @@ class TestTables:
             runs += [full_record("mgfc", 6, 99.0, variant, steps=150)]
         (tmp_path / "medium").mkdir()
         (tmp_path / "medium" / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+        former = [full_record("rein", seed, 45.0 + seed, AFTERWARDS) | {"calibration": {}} for seed in seeds]
+        former += [full_record("mgfc", seed, 44.0 + seed, AFTERWARDS) | {"calibration": {}} for seed in seeds]
+        former += [full_record("mgfc", seed, 41.0 + seed, "without coarse and medium") for seed in seeds]
+        (tmp_path / "medium" / tables.FOUR_BLOCKS).write_text("".join(json.dumps(run) + "\n" for run in former))
         short = [full_record("rein", s, 0.0, steps=20, split="val") | {"seconds_per_step": 0.5 + s**2} for s in seeds]
         (tmp_path / "medium" / "cost.jsonl").write_text("".join(json.dumps(run) + "\n" for run in short))
         return tables.sections(tmp_path, "medium", min_seeds=3)
@@ -611,6 +615,13 @@ class TestTables:
         assert [row.split(" | ")[0] for row in rows] == ["| default", "| without coarse", "| with the fine stage"]
         assert "| -2.00 [-2.00, -2.00] |" in rows[1]
         assert "| -3.00 [-3.00, -3.00] |" in rows[2]
+
+    def test_what_was_calibrated_with_the_former_default_has_tables_of_its_own(self, found: dict[str, str]) -> None:
+        rein, mgfc = found["synth_town four blocks gains"].splitlines()[2:]
+        assert rein.startswith("| Rein, low-rank tokens | 35.00 ± 1.00 | 41.00 ± 1.00 |")
+        assert mgfc.startswith("| **mgfc** | 37.00 ± 1.00 | 40.00 ± 1.00 |")
+        assert "| +6.00 [+6.00, +6.00] |" in found["four blocks gains"]
+        assert "41.00" not in found["synth_town gains"]
 
     def test_targets_and_classes(self, found: dict[str, str]) -> None:
         assert found["synth_town targets"].splitlines()[0] == "| method | in-domain | dusk | fog |"

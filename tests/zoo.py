@@ -87,6 +87,8 @@ def _made(make: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Modul
         pytest.skip(f"needs {TABLE_OF}: {error}")
     if make is _create and not hasattr(model, "forward_intermediates"):
         pytest.skip(f"needs {TABLE_OF} for forward_intermediates")
+    if kwargs.get("dynamic_img_size") and getattr(model.patch_embed, "strict_img_size", False):
+        pytest.skip(f"needs {TABLE_OF} for dynamic_img_size of this class")
     return model
 
 
