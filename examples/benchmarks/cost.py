@@ -189,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.device.type == "cpu":
             torch.set_num_threads(args.threads)
             measures.set_clock(args.clock)
+            measures.keep_memory()
         if "compiled" in args.modes:
             torch._dynamo.config.recompile_limit = 64  # contenders share code
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # and differ by hooks

@@ -20,6 +20,7 @@ from typing import Any
 
 import timm
 import torch
+from measures import keep_memory
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgfc import get_calibration, wrap_backbone
@@ -121,6 +122,7 @@ def passes(repetitions: int = 7) -> None:
 if __name__ == "__main__":
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__}\n")
     print("| figure | measured | target |\n|---|---|---|")
+    keep_memory()
     imports()
     parameters()
     wrapping()
