@@ -18,6 +18,8 @@ from domain_generalization.variants import AFTERWARDS, ALIGNMENTS, AS_TRAINED, W
 OURS = "mgfc"
 OURS_VARIANT = AFTERWARDS  # what mgfc's row of every table is
 PLOTTED_SEEDS = 3
+# What was calibrated with the default before: medium on the last four blocks, with a threshold of 1.
+FOUR_BLOCKS = "four_blocks.jsonl"
 TITLES = {
     "frozen": "head on the frozen backbone",
     "full": "full fine-tuning",
@@ -65,10 +67,23 @@ class Runs:
 
 def gather(results: Path, scale: str, suite: str, min_seeds: int = 1) -> dict[str, Runs]:
     """Test runs at one scale by source, in the order of `SOURCES`; what was made with another budget is left out."""
+    return split_by_source(report.read(results / scale / FILES[suite]), scale, suite, min_seeds)
+
+
+def on_four_blocks(results: Path, scale: str, min_seeds: int) -> dict[str, Runs]:
+    """Runs that were calibrated with the default before, beside the peers as they were trained; none without its file."""
+    former = report.read(results / scale / FOUR_BLOCKS)
+    plain = [r for r in report.read(results / scale / FILES["peers"]) if former and r["calibration"] is None]
+    peers = [r for r in plain if not r["settings"]["method"].startswith(OURS)]
+    return split_by_source([*peers, *former], scale, "peers", min_seeds)
+
+
+def split_by_source(records: Iterable[Record], scale: str, suite: str, min_seeds: int) -> dict[str, Runs]:
+    """Those with the budget of a suite at one scale, by source."""
     budget = {name: list(value) if isinstance(value, tuple) else value for name, value in SCALES[scale].items()}
     budget |= {"split": "val"} if suite == "cost" else {"split": "test"}
     compared = budget.keys() - ({"steps"} if suite == "cost" else set())
-    records = [r for r in report.read(results / scale / FILES[suite]) if all(r["settings"][k] == budget[k] for k in compared)]
+    records = [r for r in records if all(r["settings"][k] == budget[k] for k in compared)]
     found = {source: [r for r in records if r["settings"]["source"] == source] for source in SOURCES}
     return {source: Runs(of_source, min_seeds) for source, of_source in found.items() if of_source}
 
@@ -284,6 +299,12 @@ def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
         parts[f"{source} classes"] = classes_table(runs, "dusk")
         if runs.ours():
             parts[f"{source} ablations"] = ablation_table(runs)
+    if former := on_four_blocks(results, scale, min_seeds):
+        parts["four blocks gains"] = gains_summary(former)
+        for source, runs in former.items():
+            parts[f"{source} four blocks gains"] = gains_table(runs)
+            parts[f"{source} four blocks gains by target"] = gains_by_target(runs)
+            parts[f"{source} four blocks ablations"] = ablation_table(runs)
     return parts
 
 
