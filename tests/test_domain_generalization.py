@@ -554,6 +554,9 @@ def full_record(method: str, seed: int, dusk: float, variant: str = "as trained"
     return json.loads(json.dumps({"settings": asdict(settings), "variant": variant, **cost, **figures}))
 
 
+MEDIUM = {"calibration": {"medium": {"layers": "last:4"}}}
+
+
 class TestTables:
     @pytest.fixture
     def found(self, tmp_path: Path) -> dict[str, str]:
@@ -567,6 +570,7 @@ class TestTables:
         runs += [full_record("haar", seed, 38.0 + seed, lr=1e-2) for seed in seeds]
         runs += [full_record("haar", seed, 37.0 + seed, "classes aligned", lr=1e-2) for seed in seeds]
         runs += [full_record("mgfc", seed, 38.0 + 2 * seed, "without coarse") for seed in seeds]
+        runs += [full_record("mgfc", seed, 41.0 + seed, "without coarse and medium") for seed in seeds]
         for variant in ("as trained", AFTERWARDS):
             runs += [full_record("mgfc", seed, 37.0 + 2 * seed, variant, options={"fine": {}}) for seed in seeds]
             runs += [full_record("mgfc", 0, 99.0, variant, options={"rank": 8})]
@@ -575,9 +579,8 @@ class TestTables:
             runs += [full_record("mgfc", 6, 99.0, variant, steps=150)]
         (tmp_path / "medium").mkdir()
         (tmp_path / "medium" / "runs.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
-        former = [full_record("rein", seed, 45.0 + seed, AFTERWARDS) | {"calibration": {}} for seed in seeds]
-        former += [full_record("mgfc", seed, 44.0 + seed, AFTERWARDS) | {"calibration": {}} for seed in seeds]
-        former += [full_record("mgfc", seed, 41.0 + seed, "without coarse and medium") for seed in seeds]
+        former = [full_record("rein", seed, 45.0 + seed, AFTERWARDS) | MEDIUM for seed in seeds]
+        former += [full_record("mgfc", seed, 44.0 + seed, AFTERWARDS) | MEDIUM for seed in seeds]
         (tmp_path / "medium" / tables.FOUR_BLOCKS).write_text("".join(json.dumps(run) + "\n" for run in former))
         short = [full_record("rein", s, 0.0, steps=20, split="val") | {"seconds_per_step": 0.5 + s**2} for s in seeds]
         (tmp_path / "medium" / "cost.jsonl").write_text("".join(json.dumps(run) + "\n" for run in short))
@@ -612,16 +615,17 @@ class TestTables:
 
     def test_ablations_of_evaluation_and_training_are_paired_with_the_default(self, found: dict[str, str]) -> None:
         rows = found["synth_town ablations"].splitlines()[2:]
-        assert [row.split(" | ")[0] for row in rows] == ["| default", "| without coarse", "| with the fine stage"]
+        names = ["| default", "| without coarse", "| without coarse and medium", "| with the fine stage"]
+        assert [row.split(" | ")[0] for row in rows] == names
         assert "| -2.00 [-2.00, -2.00] |" in rows[1]
-        assert "| -3.00 [-3.00, -3.00] |" in rows[2]
+        assert "| -3.00 [-3.00, -3.00] |" in rows[3]
 
     def test_what_was_calibrated_with_the_former_default_has_tables_of_its_own(self, found: dict[str, str]) -> None:
         rein, mgfc = found["synth_town four blocks gains"].splitlines()[2:]
         assert rein.startswith("| Rein, low-rank tokens | 35.00 ± 1.00 | 41.00 ± 1.00 |")
         assert mgfc.startswith("| **mgfc** | 37.00 ± 1.00 | 40.00 ± 1.00 |")
         assert "| +6.00 [+6.00, +6.00] |" in found["four blocks gains"]
-        assert "41.00" not in found["synth_town gains"]
+        assert "| +3.00 [+3.00, +3.00] |" in mgfc and "| +0.00 [-2.48, +2.48] |" in found["synth_town gains"]
 
     def test_targets_and_classes(self, found: dict[str, str]) -> None:
         assert found["synth_town targets"].splitlines()[0] == "| method | in-domain | dusk | fog |"

@@ -71,11 +71,10 @@ def gather(results: Path, scale: str, suite: str, min_seeds: int = 1) -> dict[st
 
 
 def on_four_blocks(results: Path, scale: str, min_seeds: int) -> dict[str, Runs]:
-    """Runs that were calibrated with the default before, beside the peers as they were trained; none without its file."""
+    """Runs that were calibrated with the default before, beside those without medium calibration; none without its file."""
     former = report.read(results / scale / FOUR_BLOCKS)
-    plain = [r for r in report.read(results / scale / FILES["peers"]) if former and r["calibration"] is None]
-    peers = [r for r in plain if not r["settings"]["method"].startswith(OURS)]
-    return split_by_source([*peers, *former], scale, "peers", min_seeds)
+    plain = [r for r in report.read(results / scale / FILES["peers"]) if not (r["calibration"] or {}).get("medium")]
+    return split_by_source([*plain, *former] if former else [], scale, "peers", min_seeds)
 
 
 def split_by_source(records: Iterable[Record], scale: str, suite: str, min_seeds: int) -> dict[str, Runs]:
@@ -267,12 +266,12 @@ def cost_table(runs: Runs) -> str:
 
 def protocol(runs: Runs, scale: str) -> str:
     """How the runs of a table were made."""
-    s, first = SCALES[scale], runs.records[0]
-    machines = sorted({run["machine"] for run in runs.records})
+    s = SCALES[scale]
+    machines = sorted({f"{run['machine']} with torch {run['torch']}" for run in runs.records}, reverse=True)
     return (
         f"{s['steps']} steps of {s['batch_size']} crops of {s['crop'][0]} x {s['crop'][1]} from images of "
-        f"{s['size'][0]} x {s['size'][1]}; {s['count']} images of each clean set; {', '.join(machines)}; "
-        f"torch {first['torch']}. A learning rate with * was found at the scale `small`, all others at `medium`."
+        f"{s['size'][0]} x {s['size'][1]}; {s['count']} images of each clean set; {', '.join(machines)}. "
+        "A learning rate with * was found at the scale `small`, all others at `medium`."
     )
 
 
