@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 
@@ -194,54 +194,60 @@ def uncalibrated(runs: Runs, method: str) -> list[Record]:
     return runs.of(method, "without coarse and medium" if method == OURS else AS_TRAINED)
 
 
-def gains_table(runs: Runs) -> str:
+def gains(runs: Runs, former: Runs | None) -> Iterator[tuple[str, str, list[Record], list[Record]]]:
+    """Of each method without and with mgfc's calibration: its title, the blocks of the medium stage, and the runs of both.
+
+    With the default of today where there are runs of it, with that of before where there are not, and mgfc with both.
+    """
+    for method, title in TITLES.items():
+        before = uncalibrated(runs, method)
+        forms = [source.of(method, AFTERWARDS) for source in (former, runs) if source]
+        forms = [found for found in forms if found]
+        for after in forms if method == OURS else forms[-1:]:
+            if before:
+                yield title, after[0]["calibration"]["medium"]["layers"], before, after
+
+
+def gains_table(runs: Runs, former: Runs | None) -> str:
     """A row a method: unseen mIoU without and with mgfc's calibration, put on afterwards, and the paired changes."""
     rows = []
-    for method in TITLES:
-        before, after = uncalibrated(runs, method), runs.of(method, AFTERWARDS)
-        if before and after:
-            figures = [report.spread(found, "unseen") for found in (before, after)]
-            rows.append([TITLES[method], *figures, *(paired(after, before, of) for of in LEADS)])
-    return report.markdown(["unseen mIoU", "without", "calibrated", *(f"change, {of}" for of in LEADS)], rows)
+    for title, blocks, before, after in gains(runs, former):
+        figures = [report.spread(found, "unseen") for found in (before, after)]
+        rows.append([title, blocks, *figures, *(paired(after, before, of) for of in LEADS)])
+    return report.markdown(["unseen mIoU", "medium on", "without", "calibrated", *(f"change, {of}" for of in LEADS)], rows)
 
 
-def gains_by_target(runs: Runs) -> str:
+def gains_by_target(runs: Runs, former: Runs | None) -> str:
     """A row a method: what mgfc's calibration, put on afterwards, changes on each clean set and corruption."""
     rows, names = [], []
-    for method in TITLES:
-        before, after = uncalibrated(runs, method), runs.of(method, AFTERWARDS)
-        if before and after:
-            values = report.by_target(before[0], "miou")
-            names = ["in-domain", *report.clean(values), *report.corrupted(values)]
-            changes = [report.difference(report.by_seed(after, n), report.by_seed(before, n)).mean for n in names]
-            rows.append([TITLES[method], *(f"{change:+.1f}" for change in changes)])
-    return report.markdown(["change of mIoU", *names], rows)
+    for title, blocks, before, after in gains(runs, former):
+        values = report.by_target(before[0], "miou")
+        names = ["in-domain", *report.clean(values), *report.corrupted(values)]
+        changes = [report.difference(report.by_seed(after, n), report.by_seed(before, n)).mean for n in names]
+        rows.append([title, blocks, *(f"{change:+.1f}" for change in changes)])
+    return report.markdown(["change of mIoU", "medium on", *names], rows)
 
 
-def without_and_with(runs: Runs) -> Groups:
+def without_and_with(runs: Runs, former: Runs | None) -> Groups:
     """Runs of each method without and with mgfc's calibration, by what the plot calls them."""
     groups: dict[str, Sequence[Record]] = {}
-    for method, title in TITLES.items():
-        plain = title.strip("*")
-        forms = {f"{plain}, without": uncalibrated(runs, method), f"{plain}, calibrated": runs.of(method, AFTERWARDS)}
-        if method == OURS:
-            forms = {f"{plain}, without": uncalibrated(runs, method), title: runs.ours()}
-        groups |= {name: found for name, found in forms.items() if found}
+    for title, blocks, before, after in gains(runs, former):
+        groups |= {f"{title.strip('*')}, without": before, f"{title.strip('*')}, calibrated, {blocks}": after}
+    if runs.ours():
+        groups[TITLES[OURS]] = runs.ours()
     return groups
 
 
-def gains_summary(by_source: Mapping[str, Runs]) -> str:
+def gains_summary(by_source: Mapping[str, Runs], former: Mapping[str, Runs]) -> str:
     """A row a method that has runs from every source: trained parameters, unseen mIoU without and with calibration."""
-    rows = []
-    for method in TITLES:
-        found = [(uncalibrated(runs, method), runs.of(method, AFTERWARDS)) for runs in by_source.values()]
-        if all(before and after for before, after in found):
-            row = [TITLES[method], f"{found[0][0][0]['parameters']:,}"]
-            for before, after in found:
-                row += [*(report.spread(runs, "unseen") for runs in (before, after)), paired(after, before)]
-            rows.append(row)
+    found: dict[tuple[str, str], list[str]] = {}
+    for source, runs in by_source.items():
+        for title, blocks, before, after in gains(runs, former.get(source)):
+            row = found.setdefault((title, blocks), [title, f"{before[0]['parameters']:,}", blocks])
+            row += [*(report.spread(r, "unseen") for r in (before, after)), paired(after, before)]
     columns = ("without", "calibrated", "change")
-    return report.markdown(["method", "trained parameters", *(f"{name}, {c}" for name in by_source for c in columns)], rows)
+    header = ["method", "trained parameters", "medium on", *(f"{name}, {c}" for name in by_source for c in columns)]
+    return report.markdown(header, [row for row in found.values() if len(row) == len(header)])
 
 
 def typical(runs: Sequence[Record], figure: str) -> float:
@@ -284,7 +290,8 @@ def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
     by_source = {source: runs for source, runs in gather(results, scale, "peers", min_seeds).items() if runs.by_method()}
     if not by_source:
         raise SystemExit(f"No runs at the scale {scale!r} in {results / scale}: run the suite `peers` first.")
-    parts = {"summary": summary_table(by_source), "gains": gains_summary(by_source)}
+    former = on_four_blocks(results, scale, min_seeds)
+    parts = {"summary": summary_table(by_source), "gains": gains_summary(by_source, former)}
     parts["protocol"] = protocol(next(iter(by_source.values())), scale)
     for runs in gather(results, scale, "cost").values():
         parts["cost"] = cost_table(runs)
@@ -292,18 +299,14 @@ def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
         parts[f"{source} peers"] = peers_table(runs)
         parts[f"{source} controls"] = controls_table(runs)
         parts[f"{source} leads"] = leads_table(runs)
-        parts[f"{source} gains"] = gains_table(runs)
-        parts[f"{source} gains by target"] = gains_by_target(runs)
+        parts[f"{source} gains"] = gains_table(runs, former.get(source))
+        parts[f"{source} gains by target"] = gains_by_target(runs, former.get(source))
         parts[f"{source} targets"] = targets_table(runs)
         parts[f"{source} classes"] = classes_table(runs, "dusk")
         if runs.ours():
             parts[f"{source} ablations"] = ablation_table(runs)
-    if former := on_four_blocks(results, scale, min_seeds):
-        parts["four blocks gains"] = gains_summary(former)
-        for source, runs in former.items():
-            parts[f"{source} four blocks gains"] = gains_table(runs)
-            parts[f"{source} four blocks gains by target"] = gains_by_target(runs)
-            parts[f"{source} four blocks ablations"] = ablation_table(runs)
+        if source in former:
+            parts[f"{source} four blocks ablations"] = ablation_table(former[source])
     return parts
 
 
@@ -312,6 +315,8 @@ def show(results: Path, scale: str, draw: Path | None) -> None:
     for name, text in sections(results, scale).items():
         print(f"## {name}\n\n{text}\n")
     if draw is not None:
-        drawn = {source: without_and_with(runs) for source, runs in gather(results, scale, "peers", PLOTTED_SEEDS).items()}
+        former = on_four_blocks(results, scale, PLOTTED_SEEDS)
+        found = gather(results, scale, "peers", PLOTTED_SEEDS)
+        drawn = {source: without_and_with(runs, former.get(source)) for source, runs in found.items()}
         titles = dict.fromkeys(title for groups in drawn.values() for title in groups)
         plot(drawn, {title: title for title in titles}, draw)
