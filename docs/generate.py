@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
 
+from benchmarks import cost_table  # noqa: E402
 from domain_generalization import plan, report, tables  # noqa: E402
 from domain_generalization.report import markdown as table  # noqa: E402
 from safetensors import safe_open  # noqa: E402
@@ -33,6 +34,7 @@ LIBRARIES = {"timm": "timm", "transformers": "Transformers", "authors": "authors
 HOSTS = ("DPT", "Depth Anything", "EoMT", "Grounding DINO", "Mask2Former", "MaskFormer", "UperNet", "ViTMatte", "ZoeDepth")
 SHAPES = {"NLC": "(B, N, C)", "NHWC": "(B, h, w, C)", "NCHW": "(B, C, h, w)", "windows": "windows along B"}
 SCORES = {"synth_town/val": "synth_town, val", "camvid/day": "CamVid, day", "camvid/dusk": "CamVid, dusk"}
+COSTS = ROOT / "examples" / "benchmarks" / "results" / "cpu.jsonl"
 PICTURE = "docs/images/trier_basilica_parked_cars_segmented.jpg"
 
 
@@ -213,6 +215,7 @@ def pages() -> dict[Path, str]:
             "refused": refused(),
         },
         docs / "benchmark.md": measured,
+        docs / "cost.md": {"cost": cost_table.show(cost_table.read(COSTS))},
         docs / "field-benchmark.md": {"expected": cost.table(), "field": street_table.tables(report.read(RESULTS))},
         docs / "method.md": ablations,
         docs / "robust.md": {**gains, "robust example": robust()},

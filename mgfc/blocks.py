@@ -23,9 +23,10 @@ from mgfc.backbones.layout import (
     view_patches,
 )
 from mgfc.calibrators import CalibLayer, ReinCalib
-from mgfc.calibrators.running import as_one_batch, is_recomputing, is_traced
+from mgfc.calibrators.running import as_one_batch, is_recomputing
 from mgfc.errors import CalibrationError
 from mgfc.tree import owner_of, remove_hook
+from mgfc.unseen import is_unseen
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -163,22 +164,13 @@ class BlockHooks:
             raise self._error(f"feed-forward network: {error}") from None
         record = self.active.of(module).record(self.index)
         inside = output.permute(0, 2, 3, 1) if moved else output
-        inplace = not self.watched and self._is_first_to_see(module, output)
+        inplace = not self.watched and is_unseen(output, module, self, layer.low_rank)
         adapted = channels_back(layer.low_rank(tokens, inside, channels, record, inplace), moved)
         if moved and output.is_contiguous():
             adapted = adapted.contiguous()  # in another memory format, what follows runs other kernels
         if self.watched:
             self.adapted = not torch.equal(adapted, output)
         return adapted
-
-    def _is_first_to_see(self, module: nn.Module, output: Tensor) -> bool:
-        """Whether nobody else can hold what a layer computed: PyTorch's own layer, no gradients, and no hook before ours."""
-        if torch.is_grad_enabled() or is_traced() or type(output) is not Tensor:
-            return False
-        if type(module) not in (nn.Linear, nn.Conv2d) or "forward" in vars(module):
-            return False
-        first = next(iter(module._forward_hooks.values()))
-        return owner_of(first) is self and not torch.nn.modules.module._global_forward_hooks
 
     def _leave(self, block: nn.Module, args: Arguments, kwargs: Keywords, output: Any) -> Any:
         """After the block."""

@@ -22,6 +22,7 @@ FLOORS = (
     ("attachment", "reports", "storage"),
     ("adapters", "fusing", "images", "lookout"),
     ("blocks", "peft", "placement"),
+    ("unseen",),
     ("active", "tree"),
     ("adapter",),
     ("layers",),

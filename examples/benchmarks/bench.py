@@ -92,8 +92,9 @@ class Bench:
         """Seconds that the machine needs at least: bytes of matrix products, and then their operations."""
         dtype = torch.float32 if self.case.precision == "fp32" else torch.bfloat16
         rows, dim = self.case.batch * self.case.grid[0] * self.case.grid[1], MODELS[self.case.model][0]
-        rate = measures.matrix_rate(self.device, dtype, min(rows, 16384), dim)
-        return float(self.static["matrix_bytes"] / measures.copy_rate(self.device) + self.static["flops"] / rate)
+        threads = torch.get_num_threads()
+        rate = measures.matrix_rate(self.device, threads, dtype, min(rows, 16384), dim)
+        return float(self.static["matrix_bytes"] / measures.copy_rate(self.device, threads) + self.static["flops"] / rate)
 
 
 def compare(own: Bench, bare: Bench, args: argparse.Namespace) -> dict[str, Any]:

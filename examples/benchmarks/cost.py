@@ -29,6 +29,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent))
 
 import measures
+from allocator import keep_memory
 from bench import Bench, Case, compare
 from contenders import CONTENDERS, MODELS, PATCH, NotAvailable
 from cost_table import key, read, show
@@ -189,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.device.type == "cpu":
             torch.set_num_threads(args.threads)
             measures.set_clock(args.clock)
-            measures.keep_memory()
+            keep_memory()
         if "compiled" in args.modes:
             torch._dynamo.config.recompile_limit = 64  # contenders share code
             torch._dynamo.config.skip_nnmodule_hook_guards = False  # and differ by hooks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import functools
 import json
@@ -26,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 Run = Callable[[], object]
 aten = torch.ops.aten
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 _clock = "wall"
 _START = time.monotonic()
 
@@ -57,18 +55,6 @@ def set_clock(name: str) -> None:
     """Of a CPU. "cpu" counts the time of this process alone: with one thread, that of a machine without others."""
     global _clock
     _clock = name
-
-
-def keep_memory() -> None:
-    """Lets glibc keep what was freed. By default it gives tensors back to the system, and each forward pays for new pages.
-
-    These cost 5 to 10 % of a forward, more on some machines, and differ from run to run. PyTorch's guide for CPUs advises
-    an allocator that keeps memory. Other C libraries are left as they are.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_TOP_PAD, 2**27)
 
 
 def seconds(run: Run, device: torch.device) -> float:
@@ -180,8 +166,8 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 
 @functools.cache
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy of 128 MiB."""
+def copy_rate(device: torch.device, threads: int) -> float:
+    """Bytes a second, read and written, of a copy of 128 MiB, with as many threads as torch has on a CPU."""
     source = torch.ones(2**25, device=device)
     target = torch.empty_like(source)
     runs = [seconds(lambda: target.copy_(source), device) for _ in range(5)]
@@ -189,8 +175,8 @@ def copy_rate(device: torch.device) -> float:
 
 
 @functools.cache
-def matrix_rate(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> float:
-    """Operations a second of the product that a feed-forward network of width `dim` begins with."""
+def matrix_rate(device: torch.device, threads: int, dtype: torch.dtype, rows: int, dim: int) -> float:
+    """Operations a second of the product that a feed-forward network of width `dim` begins with, with these threads."""
     left, right = torch.randn(rows, dim, device=device, dtype=dtype), torch.randn(dim, 4 * dim, device=device, dtype=dtype)
     runs = [seconds(lambda: left @ right, device) for _ in range(7)]
     return 2 * left.numel() * right.shape[1] / min(runs)

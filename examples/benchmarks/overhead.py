@@ -20,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from measures import keep_memory
+from allocator import keep_memory
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgfc import get_calibration, wrap_backbone

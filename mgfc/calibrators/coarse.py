@@ -104,7 +104,7 @@ def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 def _inside(images: Tensor) -> Tensor:
     """Which pixels are of the image, and not padding around it: (B, C, H, W) -> (B, 1, H, W)."""
-    filled = images.any(dim=1)
+    filled = images.bool().any(dim=1)
     rows, columns = _between(filled.any(dim=2)), _between(filled.any(dim=1))
     return (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
 
