@@ -610,9 +610,10 @@ class TestTables:
     def test_leads_are_over_the_best_peer_in_each_form(self, found: dict[str, str]) -> None:
         plain, controlled, aligned, calibrated = found["synth_town leads"].splitlines()[2:]
         assert calibrated.startswith(
-            "| with mgfc's calibration on it | Rein, low-rank tokens, calibrated after training | 38.00 ± 1.00 |"
+            "| with mgfc's calibration on it | Haar-frequency tokens (FADA's idea), calibrated after training, "
+            "medium on last:4 | 39.00 ± 1.00 |"
         )
-        assert "| -1.00 [-3.48, +1.48] |" in calibrated
+        assert "| -2.00 [-4.48, +0.48] |" in calibrated
         assert plain.startswith("| as trained | Rein, low-rank tokens, as trained | 35.00 ± 1.00 |")
         assert controlled.startswith("| with its best input control | Rein, low-rank tokens, CLAHE | 37.00 ± 1.00 |")
         assert "| +0.00 [-2.48, +2.48] |" in controlled

@@ -120,8 +120,11 @@ def controls_table(runs: Runs) -> str:
     return report.markdown(["unseen mIoU", *names], rows)
 
 
-def leads_table(runs: Runs) -> str:
-    """Our paired lead over the best peer: as trained, with its best control, alignment, and with our calibration on it."""
+def leads_table(runs: Runs, former: Runs | None) -> str:
+    """Our paired lead over the best peer: as trained, with its best control, alignment, and with our calibration on it.
+
+    Calibration of a peer is with the default of before where no run has that of today.
+    """
     forms = {
         "as trained": (AS_TRAINED,),
         "with its best input control": (AS_TRAINED, *CONTROLS),
@@ -131,12 +134,15 @@ def leads_table(runs: Runs) -> str:
     ours, rows = runs.ours(), []
     for title, names in forms.items():
         peers = {method: runs.best_of(method, names) for method in TITLES if not method.startswith(OURS)}
+        if former and AFTERWARDS in names:
+            peers = {method: found if found[1] else former.best_of(method, names) for method, found in peers.items()}
         peers = {method: found for method, found in peers.items() if found[1]}
         if not peers or not ours:
             continue
         method = max(peers, key=lambda m: report.average(peers[m][1], "unseen"))
         name, found = peers[method]
-        row = [title, f"{TITLES[method]}, {name}", report.spread(found, "unseen")]
+        medium = f", medium on {found[0]['calibration']['medium']['layers']}" if name == AFTERWARDS else ""
+        row = [title, f"{TITLES[method]}, {name}{medium}", report.spread(found, "unseen")]
         rows.append([*row, *(paired(ours, found, of) for of in LEADS)])
     return report.markdown(["best peer", "which", "unseen", *(f"mgfc's lead, {of}" for of in LEADS)], rows)
 
@@ -176,7 +182,7 @@ def summary_table(by_source: Mapping[str, Runs]) -> str:
     sources = list(by_source.values())
     rows = []
     for method, found in sources[0].by_method().items():
-        if not all(runs.of(method, AS_TRAINED) for runs in sources):
+        if not all(method in runs.by_method() for runs in sources):
             continue
         row = [TITLES[method], f"{found[0]['parameters']:,}"]
         for runs in sources:
@@ -234,9 +240,8 @@ def without_and_with(runs: Runs, former: Runs | None) -> Groups:
     """Runs of each method without and with mgfc's calibration, by what the plot calls them."""
     groups: dict[str, Sequence[Record]] = {}
     for title, blocks, before, after in gains(runs, former):
-        groups |= {f"{title.strip('*')}, without": before, f"{title.strip('*')}, calibrated, {blocks}": after}
-    if runs.ours():
-        groups[TITLES[OURS]] = runs.ours()
+        plain = title.strip("*")
+        groups |= {f"{plain}, without": before, title if after == runs.ours() else f"{plain}, calibrated, {blocks}": after}
     return groups
 
 
@@ -300,7 +305,7 @@ def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
     for source, runs in by_source.items():
         parts[f"{source} peers"] = peers_table(runs)
         parts[f"{source} controls"] = controls_table(runs)
-        parts[f"{source} leads"] = leads_table(runs)
+        parts[f"{source} leads"] = leads_table(runs, former.get(source))
         parts[f"{source} gains"] = gains_table(runs, former.get(source))
         parts[f"{source} gains by target"] = gains_by_target(runs, former.get(source))
         parts[f"{source} targets"] = targets_table(runs)
