@@ -25,8 +25,8 @@ from mgfc.backbones.layout import (
 from mgfc.calibrators import CalibLayer, ReinCalib
 from mgfc.calibrators.running import as_one_batch, is_recomputing
 from mgfc.errors import CalibrationError
+from mgfc.inplace import may_write
 from mgfc.tree import owner_of, remove_hook
-from mgfc.unseen import is_unseen
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -164,7 +164,7 @@ class BlockHooks:
             raise self._error(f"feed-forward network: {error}") from None
         record = self.active.of(module).record(self.index)
         inside = output.permute(0, 2, 3, 1) if moved else output
-        inplace = not self.watched and is_unseen(output, module, self, layer.low_rank)
+        inplace = not self.watched and may_write(output, module, self, layer.low_rank)
         adapted = channels_back(layer.low_rank(tokens, inside, channels, record, inplace), moved)
         if moved and output.is_contiguous():
             adapted = adapted.contiguous()  # in another memory format, what follows runs other kernels

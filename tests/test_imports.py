@@ -22,7 +22,7 @@ FLOORS = (
     ("attachment", "reports", "storage"),
     ("adapters", "fusing", "images", "lookout"),
     ("blocks", "peft", "placement"),
-    ("unseen",),
+    ("inplace",),
     ("active", "tree"),
     ("adapter",),
     ("layers",),

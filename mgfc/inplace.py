@@ -16,8 +16,8 @@ _FORWARDS: dict[type, Callable[..., Any]] = {nn.Linear: nn.Linear.forward, nn.Co
 _GLOBAL = nn.modules.module
 
 
-def is_unseen(output: Tensor, layer: nn.Module, owner: object, reader: nn.Module) -> bool:
-    """Whether a hook is the first to see a tensor, which no graph, mode or other hook can hold.
+def may_write(output: Tensor, layer: nn.Module, owner: object, reader: nn.Module) -> bool:
+    """Whether a hook may write into a tensor: it is the first to see it, and no graph, mode or other hook can hold it.
 
     A hook that ran before and has removed itself since is not noticed.
 
