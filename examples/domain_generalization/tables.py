@@ -205,7 +205,7 @@ def gains(runs: Runs, former: Runs | None) -> Iterator[tuple[str, str, list[Reco
 
     With the default of today where there are runs of it, with that of before where there are not, and mgfc with both.
     Pairs are of the same training, which no calibration has a part in: mgfc's was repeated on another machine for the
-    default of today, and scores the same without calibration.
+    default of today, and scores the same there without calibration (`repeated.jsonl`, within 0.02).
     """
     for method, title in TITLES.items():
         before = uncalibrated(runs, method)
