@@ -102,7 +102,7 @@ def row(record: Record) -> list[str]:
 
 
 HEADER = [
-    "",
+    "way to adapt",
     "ms",
     "ratio to bare (quartiles)",
     "ratio of kernels' time",
@@ -161,7 +161,7 @@ def growth_table(records: Iterable[Record], part: str) -> str:
             series = ", ".join(f"{x:g}: {y:.3g}" for x, y in added)
             rows.append([name, TITLES[contender], series, f"{exponent(added):.2f}", f"{bare:.2f}"])
     what = "patches" if part == "size" else "blocks"
-    header = ["case", "", f"{what}: ms added", "exponent of what is added", "exponent of the bare one"]
+    header = ["case", "way to adapt", f"{what}: ms added", "exponent of what is added", "exponent of the bare one"]
     return f"**Growth with {what}**\n\n{markdown(header, rows)}" if rows else ""
 
 
