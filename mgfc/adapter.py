@@ -119,6 +119,11 @@ class Adapter(nn.Module):
         return [part for part in self._parts if isinstance(part, RunningMean)]
 
     @property
+    def is_observing(self) -> bool:
+        """Whether the statistics are being gathered after training."""
+        return any(mean.observing for mean in self.statistics)
+
+    @property
     def is_observed(self) -> bool:
         """Whether the statistics were gathered after training, in one pass over the source."""
         return all(bool(mean.observed >= 1) for mean in self.statistics)

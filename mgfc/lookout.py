@@ -68,7 +68,7 @@ class Lookout:
             return
         self._watch_blocks(adapter)
         parameters = [tensor for tensor in adapter.tensors() if isinstance(tensor, nn.Parameter)]
-        if any(mean.observing for mean in adapter.statistics) or any(p.is_inference() or p.is_meta for p in parameters):
+        if adapter.is_observing or any(p.is_inference() or p.is_meta for p in parameters):
             return
         is_training = bool(parameters) and torch.is_grad_enabled()
         is_frozen = not any(p.requires_grad for p in parameters)

@@ -51,7 +51,7 @@ def test_every_layout_computes_the_same(case: Case) -> None:
     calibration = get_calibration(wrap_backbone(model, MGFCConfig(rank=4)))
     randomise(calibration)
     count, output = written(lambda images: case.call(model, images), images)
-    with hook_of_all_modules(lambda module, args, output: None):
+    with hook_of_all_modules("forward", lambda module, args, output: None):
         others, expected = written(lambda images: case.call(model, images), images)
     assert count > others
     for found, plain in zip(tensors(output), tensors(expected), strict=True):
@@ -59,17 +59,13 @@ def test_every_layout_computes_the_same(case: Case) -> None:
 
 
 @contextmanager
-def hook_of_all_modules(hook: Callable[..., None]) -> Iterator[None]:
-    """Registers it for the time; it sees what each layer computed, before the low-rank adapters do."""
-    handle = nn.modules.module.register_module_forward_hook(hook)
+def hook_of_all_modules(kind: str, hook: Callable[..., None]) -> Iterator[None]:
+    """Registers it for the time; one of kind "forward" sees what each layer computed, before the low-rank adapters do."""
+    handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(hook)
     try:
         yield
     finally:
         handle.remove()
-
-
-def keep(kept: list[Tensor]) -> Callable[..., None]:
-    return lambda module, args, output: kept.append(output)
 
 
 class OwnLinear(nn.Linear):
@@ -81,7 +77,7 @@ class OwnLinear(nn.Linear):
 
 
 def by_a_hook_before(layer: nn.Linear, kept: list[Tensor]) -> None:
-    layer.register_forward_hook(keep(kept), prepend=True)
+    layer.register_forward_hook(lambda module, args, output: kept.append(output), prepend=True)
 
 
 def by_a_forward_of_its_own(layer: nn.Linear, kept: list[Tensor]) -> None:
@@ -109,17 +105,14 @@ def test_what_others_keep_of_the_layer_stays(register: Callable[[nn.Linear, list
     assert torch.equal(kept[0], nn.functional.linear(entries[0], layer.weight, layer.bias))
 
 
-@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
 @torch.no_grad()
-def test_what_global_hooks_keep_stays(register: str) -> None:
+def test_what_global_hooks_keep_stays(kind: str) -> None:
     model, images = tiny_vit(), torch.randn(1, 3, 32, 48)
     calibrated(model)
     kept: list[Tensor] = []
-    handle = getattr(nn.modules.module, register)(lambda module, *tensors: kept.extend(tensors[0]))
-    try:
+    with hook_of_all_modules(kind, lambda module, *tensors: kept.extend(tensors[0])):
         count, _ = written(model, images)
-    finally:
-        handle.remove()
     assert count == 0
     assert kept
 

@@ -179,15 +179,15 @@ def ablation_table(runs: Runs, default: str = "default") -> str:
 
 def summary_table(by_source: Mapping[str, Runs]) -> str:
     """A row a method that has runs from every source: trained parameters, unseen mIoU with its best control, our lead."""
-    sources = list(by_source.values())
+    sources = [(runs, runs.by_method()) for runs in by_source.values()]
     rows = []
-    for method, found in sources[0].by_method().items():
-        if not all(method in runs.by_method() for runs in sources):
+    for method, found in sources[0][1].items():
+        if not all(method in methods for _, methods in sources):
             continue
         row = [TITLES[method], f"{found[0]['parameters']:,}"]
-        for runs in sources:
-            controlled = runs.ours() if method == OURS else runs.best_of(method, (AS_TRAINED, *CONTROLS))[1]
-            plain = runs.by_method()[method]
+        for runs, methods in sources:
+            plain = methods[method]
+            controlled = plain if method == OURS else runs.best_of(method, (AS_TRAINED, *CONTROLS))[1]
             leads = [paired(runs.ours(), other) if method != OURS else "" for other in (plain, controlled)]
             row += [report.spread(plain, "unseen"), leads[0], report.spread(controlled, "unseen"), leads[1]]
         rows.append(row)

@@ -62,9 +62,8 @@ class LowRank(nn.Module):
         if record is not None:
             record["scene"] = reduced.view(len(tokens), -1, reduced.shape[-1]).mean(dim=1).to(self.down.dtype)
         up = self.up[channels].to(dtype)
-        add = (
-            Tensor.addmm_ if inplace and reduced.dtype == dtype else Tensor.addmm
-        )  # autocast casts for the second, not the first
+        # Under autocast `reduced` may have another dtype, which is cast for addmm, but not for addmm_.
+        add = Tensor.addmm_ if inplace and reduced.dtype == dtype else Tensor.addmm
         return add(output.flatten(0, -2), reduced, up.transpose(-2, -1), alpha=self.SCALE).view_as(output)
 
     def weight(self, channels: slice = slice(None)) -> Tensor:

@@ -65,7 +65,7 @@ def record(
     if not calibration.enabled or calibration.active.fused:
         state = "fused into the weights; call unfuse() first" if calibration.enabled else "disabled"
         raise CalibrationError(f"record: expected calibrators that are in use, found them {state}.")
-    if any(mean.observing for mean in calibration.adapter.statistics):
+    if calibration.adapter.is_observing:
         raise CalibrationError("record: expected calibrators that are in use, found them observing. Call it after observing().")
     names = calibration.block_names
     maps = FeatureMaps(calibration.backbone, range(len(names)), blocks=names)
