@@ -15,6 +15,7 @@ from mgfc.backbones.detection import Tower
 from mgfc.backbones.grid import first_tensor
 from mgfc.backbones.stem import image_entry
 from mgfc.calibrators import CoarseCalib
+from mgfc.calibrators.coarse import image_area
 from mgfc.errors import CalibrationError
 
 
@@ -88,23 +89,24 @@ class ImageHook:
         if coarse is None or images is None or images.ndim != 4:
             return None
         self.called = True
-        statistics = None if coarse.is_gathering else self._statistics(coarse, images)
-        calibrated = coarse(images, statistics)
+        calibrated = coarse(images) if coarse.is_gathering else self._calibrate(coarse, images)
         if calibrated is images:
             return None
         new_args = tuple(calibrated if value is images else value for value in args)
         return new_args, {key: calibrated if value is images else value for key, value in kwargs.items()}
 
-    def _statistics(self, coarse: CoarseCalib, images: Tensor) -> Tensor:
-        """Of the scenes that the images are, or are parts of."""
-        found = coarse.statistics(images) if self._forward.scene is None else self._forward.scene
+    def _calibrate(self, coarse: CoarseCalib, images: Tensor) -> Tensor:
+        """By the statistics of the scenes that the images are, or are parts of."""
+        area, scene = image_area(images), self._forward.scene
+        found = coarse.statistics(images, area) if scene is None else scene
         if len(found) not in (1, len(images)):
             raise CalibrationError(
                 f"scene: expected one image, or one for each of the {len(images)} images of a forward, found {len(found)}."
             )
         if not torch.compiler.is_compiling():
             self._forward.statistics = found.detach()
-        return found
+        calibrated: Tensor = coarse(images, found, area)
+        return calibrated
 
 
 def _require_images(images: Tensor, channels: int) -> None:

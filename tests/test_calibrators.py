@@ -422,6 +422,17 @@ def test_a_category_like_the_sources_stays_as_it_is_and_one_far_off_is_drawn_to_
     assert (module(outside) - outside)[:, others].abs().max() < 1e-3, "the other categories stay"
 
 
+def test_a_category_that_the_source_has_nothing_of_moves_nothing() -> None:
+    module, prototype = MediumCalib(12, num_prototypes=2).eval(), torch.full((1, 12), 3.0)
+    only = torch.cat([torch.ones(1, 1), prototype, prototype.square() + 0.01], dim=1)
+    module.source.set(torch.cat([only, torch.zeros_like(only)]))
+    tokens = 0.5 + 0.1 * torch.randn(1, 20, 12)
+    assert (module.assign(tokens)[..., 1] > 0.99).all()
+    torch.testing.assert_close(module(tokens), tokens, rtol=0, atol=1e-4)
+    module.source.set(torch.cat([only, only - 2]))  # the same tokens are moved by a category that it has
+    assert (module(tokens) - tokens).abs().mean() > 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", [Pixels, MediumCalib], ids=["coarse", "medium"])
 def test_statistics_stay_in_full_precision(make: Make, dtype: torch.dtype) -> None:

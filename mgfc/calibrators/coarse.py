@@ -44,13 +44,22 @@ class CoarseCalib(SourceCalib):
         # First and second moment of the two statistics of an image.
         self.source = RunningMean(2, 2, channels)
 
-    def statistics(self, images: Tensor) -> Tensor:
-        """The t of each image, the mean and the logarithm of the standard deviation: (B, C, H, W) -> (B, 2, C)."""
+    def statistics(self, images: Tensor, area: Tensor | None = None) -> Tensor:
+        """The t of each image, the mean and the logarithm of the standard deviation.
+
+        Args:
+            images: (B, C, H, W).
+            area: their `image_area`, where it is known.
+
+        Returns:
+            (B, 2, C).
+        """
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        count = _inside(images).sum(dim=(2, 3)).clamp_min(1)
+        count = (image_area(images) if area is None else area).sum(dim=(2, 3)).clamp_min(1)
         mean = images.sum(dim=(2, 3)) / count
-        variance = images.square().sum(dim=(2, 3)) / count - mean.square()
-        return torch.stack([mean, (variance.clamp_min(0) + EPS).log() / 2], dim=1)
+        squares = torch.linalg.vector_norm(images, dim=(2, 3)).square() / count
+        variance = torch.addcmul(squares, mean, mean, value=-1).clamp_min(0)
+        return torch.stack([mean, (variance + EPS).log() / 2], dim=1)
 
     @torch.no_grad()
     def observe(self, images: Tensor) -> None:
@@ -58,23 +67,27 @@ class CoarseCalib(SourceCalib):
         found = self.statistics(images)
         self.source.observe(torch.stack([found, found.square()], dim=1))
 
+    def _derive(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """From first and second moment (2, 2, C): t', and 1 over the square root of v' or 0 if there is none, (2, C) each."""
+        first, second = moments
+        return first, self.source.ready * (second - first.square()).clamp_min(EPS).rsqrt()
+
     def distance(self, statistics: Tensor) -> Tensor:
         """The z of each image, from its statistics: (B, 2, C) -> (B,); 0 without statistics of the source."""
-        expected, variance = self.source.derive(_mean_and_variance)
-        z: Tensor = self.source.ready * squared_distance(expected - statistics, variance, (1, 2)).flatten()
-        return z
+        return squared_distance(self.deviations(statistics), (1, 2)).flatten()
 
     def deviations(self, statistics: Tensor) -> Tensor:
         """The t - t' of each image in standard deviations of the source, whose mean square is z: (B, 2, C) -> (B, 2, C)."""
-        expected, variance = self.source.derive(_mean_and_variance)
-        return (statistics - expected) / variance.sqrt()
+        expected, precision = self.source.derive(self._derive)
+        return (statistics - expected) * precision
 
-    def forward(self, images: Tensor, statistics: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, statistics: Tensor | None = None, area: Tensor | None = None) -> Tensor:
         """Calibrates images; in training mode, updates the running statistics and randomises images instead.
 
         Args:
             images: (B, C, H, W).
             statistics: (B, 2, C) or (1, 2, C) of the scenes that the images are parts of; None for the images' own.
+            area: the images' `image_area`, where it is known.
 
         Returns:
             (B, C, H, W).
@@ -83,26 +96,22 @@ class CoarseCalib(SourceCalib):
             self.observe(images)
             if not self.training or self.randomise == 0:
                 return images
-            return torch.where(_inside(images), randomise_scenes(images, self.randomise), images)
-        found = self.statistics(images) if statistics is None else statistics
-        expected, variance = self.source.derive(_mean_and_variance)
+            return torch.where(image_area(images), randomise_scenes(images, self.randomise), images)
+        area = image_area(images) if area is None else area
+        found = self.statistics(images, area) if statistics is None else statistics
+        expected, precision = self.source.derive(self._derive)
         away = expected - found
-        fraction = self.fraction(away, variance, (1, 2))
+        fraction = self.fraction(away * precision, (1, 2))
         shift, log_scale = (fraction * away)[..., None, None].unbind(dim=1)
         mean, scale = found[:, 0, :, None, None], log_scale.exp()
-        calibrated = torch.addcmul(mean + shift - scale * mean, images.to(found.dtype), scale)
+        start = torch.addcmul(mean + shift, mean, scale, value=-1)
+        calibrated = torch.addcmul(start, images.to(start.dtype), scale)
         # A pixel that is not finite spoils its image's statistics, but not the image.
-        moved = _inside(images) & (fraction > 0).unsqueeze(-1)
+        moved = area & (fraction > 0).unsqueeze(-1)
         return torch.where(moved, calibrated.to(images.dtype), images)
 
 
-def _mean_and_variance(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """First and second moment (2, 2, C) -> t' and v', (2, C) each."""
-    first, second = moments
-    return first, (second - first.square()).clamp_min(EPS)
-
-
-def _inside(images: Tensor) -> Tensor:
+def image_area(images: Tensor) -> Tensor:
     """Which pixels are of the image, and not padding around it: (B, C, H, W) -> (B, 1, H, W)."""
     filled = images.bool().any(dim=1)
     rows, columns = _between(filled.any(dim=2)), _between(filled.any(dim=1))
@@ -111,5 +120,6 @@ def _inside(images: Tensor) -> Tensor:
 
 def _between(filled: Tensor) -> Tensor:
     """What lies between the first and the last true value of each row, both included: (B, N) -> (B, N)."""
-    counts = filled.long().cumsum(dim=1)
-    return (counts > 0) & (counts < counts[:, -1:]) | filled
+    ones = filled.long()
+    until = ones.cumsum(dim=1)
+    return (until > 0) & (until < until[:, -1:] + ones)

@@ -10,6 +10,9 @@ from mgfc.calibrators.running import RunningMean
 from mgfc.calibrators.statistics import EPS, SourceCalib, squared_distance
 from mgfc.distributed import process
 
+# The least weight of a category that its sums are divided by.
+TINY = 1e-6
+
 
 class _Source(NamedTuple):
     """What the running statistics say of the source.
@@ -17,13 +20,13 @@ class _Source(NamedTuple):
     Args:
         prototypes: P, (K, C).
         mean: m', (C,).
-        variance: v', (K, C).
+        precision: 1 over the square root of v', (K, C); 0 for a category that the source has nothing of.
         directions: of P - m', of length 1 / tau, (C, K).
     """
 
     prototypes: Tensor
     mean: Tensor
-    variance: Tensor
+    precision: Tensor
     directions: Tensor
 
 
@@ -79,21 +82,9 @@ class MediumCalib(SourceCalib):
     def similarity(self, tokens: Tensor) -> Tensor:
         """The logits of A: (B, N, C) -> (B, N, K)."""
         source = self.source.derive(self._derive)
-        with torch.autocast(tokens.device.type, enabled=False):  # offsets are small differences of large numbers
-            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-            away = tokens - torch.lerp(tokens.mean(dim=1, keepdim=True), source.mean, 0.5)
-            lengths = torch.linalg.vector_norm(away, dim=-1, keepdim=True).clamp_min(1e-12)
-            logits: Tensor = (away @ source.directions) / lengths
-        return logits
-
-    def _derive(self, value: Tensor) -> _Source:
-        """From the means over the source's images of q (K, 1), q c and q c^2 (K, C)."""
-        dim = value.shape[1] // 2
-        shares, sums, squares = value[:, :1], value[:, 1 : dim + 1], value[:, dim + 1 :]
-        prototypes, mean = _centroids(shares, sums), sums.sum(dim=0)
-        variance = _centroids(shares, squares) - prototypes.square()
-        directions = F.normalize(prototypes - mean, dim=-1).transpose(-2, -1) / self.temperature
-        return _Source(prototypes, mean, variance.clamp_min(EPS), directions)
+        with torch.autocast(tokens.device.type, enabled=False):
+            _, away = _center(tokens, source)
+            return _similarity(away, source)
 
     def assign(self, tokens: Tensor) -> Tensor:
         """A: (B, N, C) -> (B, N, K)."""
@@ -102,31 +93,40 @@ class MediumCalib(SourceCalib):
     def deviations(self, tokens: Tensor, assignment: Tensor) -> Tensor:
         """The square root of z, in standard deviations of the source, for tokens under an A: (B, N, C), (B, N, K) -> (B, K)."""
         source = self.source.derive(self._derive)
-        away = source.prototypes - _centroids(*_gather(tokens, assignment))
-        return squared_distance(away, source.variance, -1).squeeze(-1).sqrt()
+        _, centroids = _gather(*_center(tokens, source), assignment)
+        return squared_distance((source.prototypes - centroids) * source.precision, -1).squeeze(-1).sqrt()
 
-    def _assign(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A, and q and q c of each image: (B, N, K), (B, K, 1), (B, K, C)."""
-        assignment = self.assign(tokens)
-        return assignment, *_gather(tokens, assignment)
+    def _derive(self, value: Tensor) -> _Source:
+        """From the means over the source's images of q (K, 1), q c and q c^2 (K, C)."""
+        dim = value.shape[1] // 2
+        shares, sums, squares = value[:, :1], value[:, 1 : dim + 1], value[:, dim + 1 :]
+        prototypes, mean = sums / shares.clamp_min(TINY), sums.sum(dim=0)
+        variance = squares / shares.clamp_min(TINY) - prototypes.square()
+        precision = torch.where(shares > 0, variance.clamp_min(EPS).rsqrt(), 0)
+        directions = F.normalize(prototypes - mean, dim=-1).transpose(-2, -1) / self.temperature
+        return _Source(prototypes, mean, precision, directions)
 
     def calibrate(self, tokens: Tensor) -> Tensor:
         """X + A [a (P - c)], in the dtype of the tokens: (B, N, C) -> (B, N, C)."""
-        source = self.source.derive(self._derive)
-        assignment, shares, sums = self._assign(tokens)
-        away = source.prototypes - _centroids(shares, sums)
-        offset = self.fraction(away, source.variance, -1) * shares / (shares + self.CERTAIN_SHARE) * away
         with torch.autocast(tokens.device.type, enabled=False):
-            # Not baddbmm, whose result would be contiguous where the block's tokens are the transpose of a map.
-            return (tokens + assignment @ offset.to(assignment.dtype)).to(tokens.dtype)
+            source = self.source.derive(self._derive)
+            assignment, counts, centroids = _assign(tokens, source)
+            away = source.prototypes - centroids
+            certainty = counts / (counts + self.CERTAIN_SHARE * tokens.shape[1])
+            offset = self.fraction(away * source.precision, -1) * certainty * away
+            assignment, offset = assignment.to(tokens.dtype), offset.to(tokens.dtype)
+            # The result of baddbmm would be contiguous where the block's tokens are the transpose of a map.
+            return torch.baddbmm(tokens, assignment, offset) if tokens.stride(-1) == 1 else tokens + assignment @ offset
 
     @torch.no_grad()
     def observe(self, tokens: Tensor) -> None:
         """Updates the running centroids with a batch: (B, N, C)."""
         # Soft clustering takes many small steps to settle, however large the batches of one pass over the source are.
         for part in torch.split(tokens, 4 if self.source.observing else len(tokens)):
-            _, shares, sums = self._assign(part)
-            found = torch.cat([shares, sums, sums * _centroids(shares, sums)], dim=-1)
+            with torch.autocast(tokens.device.type, enabled=False):
+                _, counts, centroids = _assign(part, self.source.derive(self._derive))
+            moments = torch.cat([torch.ones_like(counts), centroids, centroids.square()], dim=-1)
+            found = counts / part.shape[1] * moments
             self.source.observe(torch.where(self.source.ready > 0, found, self._first(part)))
 
     def _first(self, tokens: Tensor) -> Tensor:
@@ -156,13 +156,28 @@ class MediumCalib(SourceCalib):
         return self.calibrate(tokens)
 
 
-def _gather(tokens: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
-    """The q and q c of each image, from X and A: (B, K, 1), (B, K, C)."""
-    with torch.autocast(tokens.device.type, enabled=False):
-        sums = assignment.transpose(-2, -1) @ tokens.to(assignment.dtype) / tokens.shape[1]
-    return assignment.mean(dim=1).unsqueeze(-1), sums
+def _center(tokens: Tensor, source: _Source) -> tuple[Tensor, Tensor]:
+    """The m and X - m, in full precision, since it is a small difference of large numbers: (B, 1, C), (B, N, C)."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    center = torch.lerp(tokens.mean(dim=1, keepdim=True, dtype=dtype), source.mean, 0.5)
+    return center, tokens - center
 
 
-def _centroids(shares: Tensor, sums: Tensor) -> Tensor:
-    """Shares (..., K, 1) and sums of tokens (..., K, C) -> (..., K, C)."""
-    return sums / shares.clamp_min(1e-6)
+def _similarity(away: Tensor, source: _Source) -> Tensor:
+    """The logits of A, from X - m: (B, N, C) -> (B, N, K)."""
+    lengths = torch.linalg.vector_norm(away, dim=-1, keepdim=True).clamp_min(1e-12)
+    logits: Tensor = (away @ source.directions) / lengths
+    return logits
+
+
+def _gather(center: Tensor, away: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
+    """The q of each image, times N, and its c, from m, X - m and A: (B, K, 1), (B, K, C)."""
+    counts = assignment.sum(dim=1).unsqueeze(-1)
+    return counts, center + assignment.transpose(-2, -1) @ away / counts.clamp_min(TINY)
+
+
+def _assign(tokens: Tensor, source: _Source) -> tuple[Tensor, Tensor, Tensor]:
+    """A, and of each image q, times N, and c: (B, N, K), (B, K, 1), (B, K, C)."""
+    center, away = _center(tokens, source)
+    assignment = _similarity(away, source).softmax(dim=-1)
+    return assignment, *_gather(center, away, assignment)
