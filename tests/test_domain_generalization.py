@@ -53,13 +53,32 @@ def images() -> Tensor:
 
 class TestMethods:
     @pytest.mark.parametrize(
-        "method", ["frozen", "full", "lora_attention", "lora_all", "dora_all", "adaptformer", "mgfc", "mgfc_lora"]
+        "method",
+        ["frozen", "full", "lora_attention", "lora_all", "dora_all", "adaptformer", "mgfc", "mgfc_patches", "mgfc_lora"],
     )
     def test_starts_as_the_bare_backbone(self, method: str, images: Tensor) -> None:
         vit = tiny_dinov2()
         bare = tokens_of(vit, images)
         METHODS[method](vit, **({"rank": 8} if "mgfc" in method else {}))
         torch.testing.assert_close(tokens_of(vit, images), bare, rtol=1e-5, atol=1e-5)
+
+    @torch.no_grad()
+    def test_without_the_class_token_it_is_as_the_frozen_layer_leaves_it(self, images: Tensor) -> None:
+        adapted: dict[str, Tensor] = {}
+        for method in ("frozen", "mgfc", "mgfc_patches"):
+            torch.manual_seed(0)
+            vit = tiny_dinov2().eval()
+            METHODS[method](vit, **({"rank": 8} if "mgfc" in method else {}))
+            torch.manual_seed(1)
+            for name, parameter in vit.named_parameters():
+                if name.endswith("low_rank.up"):
+                    parameter.normal_()
+            layer = vit.encoder.layer[0].mlp.fc1
+            layer.register_forward_hook(lambda *call, method=method: adapted.setdefault(method, call[-1]))
+            vit(images)
+        assert torch.equal(adapted["mgfc_patches"][:, :1], adapted["frozen"][:, :1])
+        torch.testing.assert_close(adapted["mgfc_patches"][:, 1:], adapted["mgfc"][:, 1:])
+        assert not torch.allclose(adapted["mgfc"][:, :1], adapted["frozen"][:, :1])
 
     def test_soma_moves_minor_components_and_keeps_the_function(self, images: Tensor) -> None:
         vit = tiny_dinov2()

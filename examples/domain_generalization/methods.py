@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
+from torch import Tensor, nn
 
 from domain_generalization.peers.adaptformer import add_adaptformer
 from domain_generalization.peers.haar import add_haar_tokens
 from domain_generalization.peers.rein import add_rein
 from domain_generalization.peers.vpt import add_prompts
 from mgfc import MGFCConfig, wrap_backbone
+from mgfc.calibrators import LowRank
 
 
 def linears(vit: nn.Module) -> list[str]:
@@ -90,6 +91,19 @@ def mgfc(vit: nn.Module, **config: Any) -> None:
     wrap_backbone(vit, MGFCConfig.from_dict(config))
 
 
+def mgfc_patches(vit: nn.Module, **config: Any) -> None:
+    """Mgfc with low-rank adapters on the patch tokens alone, without the class token."""
+    mgfc(vit, **config)
+    for module in vit.modules():
+        if isinstance(module, LowRank):
+            module.register_forward_hook(_restore_class_token)
+
+
+def _restore_class_token(module: nn.Module, args: tuple[Any, ...], adapted: Tensor) -> Tensor:
+    """Of an adapter's second input, what the linear layer computed: (B, 1 + N, hidden)."""
+    return torch.cat([args[1][:, :1], adapted[:, 1:]], dim=1)
+
+
 def mgfc_lora(vit: nn.Module, **config: Any) -> None:
     """Mgfc's default calibrators, and LoRA on queries, keys and values beside them."""
     lora_attention(vit)
@@ -108,5 +122,6 @@ METHODS: dict[str, Callable[..., None]] = {
     "haar": haar,
     "soma": soma,
     "mgfc": mgfc,
+    "mgfc_patches": mgfc_patches,
     "mgfc_lora": mgfc_lora,
 }

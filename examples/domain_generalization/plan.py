@@ -22,7 +22,9 @@ SCALES: dict[str, dict[str, Any]] = {
 SEEDS = (0, 1, 2)
 # Those that matter most come first.
 FIRST = ("mgfc", "full", "dora_all", "lora_all", "rein")
-ORDER = (*FIRST, *(method for method in METHODS if method not in (*FIRST, "mgfc_lora")))
+# Other forms of mgfc, which no suite runs.
+OTHER_FORMS = ("mgfc_patches", "mgfc_lora")
+ORDER = (*FIRST, *(method for method in METHODS if method not in (*FIRST, *OTHER_FORMS)))
 
 # Learning rates that the search may try, those that it begins with, and its seeds, which no table uses.
 LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
