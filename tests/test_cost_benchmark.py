@@ -22,6 +22,8 @@ from contenders import build_backbone, lora, merge  # noqa: E402
 from cost_table import exponent  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
+from mgfc.blocks import BlockHooks  # noqa: E402
+
 TINY = ["--device", "cpu", "--models", "T", "--sizes", "28x42", "--repetitions", "3", "--budget", "1"]
 
 
@@ -57,6 +59,16 @@ def test_measures_each_contender_of_each_case_once(results: Path, capsys: pytest
     table = capsys.readouterr().out
     assert "training step, ViT-T/14, 4 blocks, 28 x 42, batch 1, fp32, eager" in table
     assert "| LoRA, unmerged | " in table
+
+
+def test_the_time_within_hooks_is_a_part_of_a_forward_and_of_mgfc_alone(results: Path) -> None:
+    sizes = ["--figures", "tokens", "--token-sizes", "28x28", "42x42", "70x70"]
+    cost.main([*TINY, *sizes, "--contenders", "mgfc", "mgfc_fused", "lora", "--json", str(results)])
+    for record in cost.read(results):
+        assert ("hooks_ms" in record) == (record["contender"] != "lora")
+        if "hooks_ms" in record:
+            assert 0 < record["hooks_ms"][0] <= record["hooks_ms"][1] < record["ms"][2]
+    assert not hasattr(BlockHooks._leave, "__wrapped__"), "the clocks are taken away again"
 
 
 def test_merged_lora_is_the_bare_backbone_and_a_line_cut_off_is_none(results: Path) -> None:

@@ -78,11 +78,19 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def in_hooks(record: Record) -> str:
+    """Milliseconds of a forward within mgfc's hooks, and as a ratio to the bare one."""
+    if "hooks_ms" not in record:
+        return ""
+    own = record["hooks_ms"][1]
+    return f"{own:.3g} ({1 + own / record['bare_ms'][1]:.3f})"
+
+
 def row(record: Record) -> list[str]:
     """A contender beside the bare backbone."""
     name = TITLES[record["contender"]]
     if record["status"] != "ok":
-        return [name, record["status"], *[""] * 7]
+        return [name, record["status"], *[""] * (len(HEADER) - 2)]
     low, middle, high = record["ratio"]
     added, floor = record["added_ms"][1], record["floor_ms"] - record["bare_floor_ms"]
     launched = "kernels" if "kernels" in record else "operators"
@@ -94,6 +102,7 @@ def row(record: Record) -> list[str]:
         f"{middle:.3f} ({low:.3f} to {high:.3f})",
         kernel_time,
         f"{added:.3g} ({floor:.2g})",
+        in_hooks(record),
         f"{record['peak_mib']:.0f} ({record['peak_mib'] / record['bare_peak_mib']:.2f})",
         f"{record['flops'] / record['bare_flops']:.3f}",
         f"{launches / record['case']['depth']:.1f}",
@@ -107,6 +116,7 @@ HEADER = [
     "ratio to bare (quartiles)",
     "ratio of kernels' time",
     "ms added (floor)",
+    "ms within mgfc's hooks (ratio)",
     "peak MiB (ratio)",
     "FLOPs, ratio",
     "launches added a block",
@@ -147,7 +157,10 @@ def tokens(record: Record) -> float:
 
 
 def growth_table(records: Iterable[Record], part: str) -> str:
-    """What is added at each size or depth, and its fitted exponent, wherever there are at least three."""
+    """What is added at each size or depth, and its fitted exponent, wherever there are at least three.
+
+    The time within mgfc's hooks where it is known: a difference of whole forwards has more noise.
+    """
     measure = tokens if part == "size" else lambda record: record["case"]["depth"]
     rows = []
     done = [record for record in records if record["status"] == "ok" and record["contender"] != "bare"]
@@ -156,7 +169,7 @@ def growth_table(records: Iterable[Record], part: str) -> str:
             own = sorted((record for record in group if record["contender"] == contender), key=measure)
             if len({measure(record) for record in own}) < 3:
                 continue
-            added = [(measure(record), record["added_ms"][1]) for record in own]
+            added = [(measure(record), record["hooks_ms" if "hooks_ms" in record else "added_ms"][1]) for record in own]
             bare = exponent([(measure(record), record["bare_ms"][1]) for record in own])
             series = ", ".join(f"{x:g}: {y:.3g}" for x, y in added)
             rows.append([name, TITLES[contender], series, f"{exponent(added):.2f}", f"{bare:.2f}"])

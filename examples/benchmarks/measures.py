@@ -10,7 +10,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,18 +91,44 @@ def pairs(bare: Run, run: Run, device: torch.device, most: int, budget: float) -
     return found
 
 
+@contextmanager
+def timed(methods: Iterable[tuple[type, str]]) -> Iterator[list[float]]:
+    """What takes bound methods within it takes them with a clock: each call appends its seconds to the list."""
+    spent: list[float] = []
+
+    def with_clock(method: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(method)
+        def call(*args: object, **kwargs: object) -> object:
+            clock = CLOCKS[_clock]
+            began = clock()
+            result = method(*args, **kwargs)
+            spent.append(clock() - began)
+            return result
+
+        return call
+
+    before = [(owner, name, getattr(owner, name)) for owner, name in methods]
+    for owner, name, method in before:
+        setattr(owner, name, with_clock(method))
+    try:
+        yield spent
+    finally:
+        for owner, name, method in before:
+            setattr(owner, name, method)
+
+
 def compare(found: list[tuple[float, float]]) -> dict[str, Any]:
     """Quartiles of both times, of their ratio and of their difference, the last two pair by pair."""
     return {
         "repetitions": len(found),
-        "bare_ms": _round(quartiles([1e3 * bare for bare, _ in found])),
-        "ms": _round(quartiles([1e3 * own for _, own in found])),
-        "ratio": _round(quartiles([own / bare for bare, own in found])),
-        "added_ms": _round(quartiles([1e3 * (own - bare) for bare, own in found])),
+        "bare_ms": rounded(quartiles([1e3 * bare for bare, _ in found])),
+        "ms": rounded(quartiles([1e3 * own for _, own in found])),
+        "ratio": rounded(quartiles([own / bare for bare, own in found])),
+        "added_ms": rounded(quartiles([1e3 * (own - bare) for bare, own in found])),
     }
 
 
-def _round(values: list[float]) -> list[float]:
+def rounded(values: list[float]) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
 
 
