@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from domain_generalization.report import markdown
+
 Record = dict[str, Any]
 TITLES = {
     "bare": "the bare one again",
@@ -71,11 +73,6 @@ def title(record: Record, without: str = "") -> str:
     }
     named = ", ".join(value for name, value in parts.items() if name != without)
     return f"{named}; {machine['device']}{threads}, torch {machine['torch']}"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def in_hooks(record: Record) -> str:

@@ -120,6 +120,11 @@ def controls_table(runs: Runs) -> str:
     return report.markdown(["unseen mIoU", *names], rows)
 
 
+def calibrated(runs: Runs, former: Runs | None, method: str) -> list[Record]:
+    """Runs with mgfc's calibration put on afterwards: with the default of today, or with that of before if there are none."""
+    return runs.of(method, AFTERWARDS) or (former.of(method, AFTERWARDS) if former else [])
+
+
 def leads_table(runs: Runs, former: Runs | None) -> str:
     """Our paired lead over the best peer: as trained, with its best control, alignment, and with our calibration on it.
 
@@ -134,8 +139,8 @@ def leads_table(runs: Runs, former: Runs | None) -> str:
     ours, rows = runs.ours(), []
     for title, names in forms.items():
         peers = {method: runs.best_of(method, names) for method in TITLES if not method.startswith(OURS)}
-        if former and AFTERWARDS in names:
-            peers = {method: found if found[1] else former.best_of(method, names) for method, found in peers.items()}
+        if AFTERWARDS in names:
+            peers = {method: (AFTERWARDS, calibrated(runs, former, method)) for method in peers}
         peers = {method: found for method, found in peers.items() if found[1]}
         if not peers or not ours:
             continue
@@ -208,11 +213,10 @@ def gains(runs: Runs, former: Runs | None) -> Iterator[tuple[str, str, list[Reco
     default of today, and scores the same there without calibration (`repeated.jsonl`, within 0.02).
     """
     for method, title in TITLES.items():
-        before = uncalibrated(runs, method)
-        forms = [source.of(method, AFTERWARDS) for source in (former, runs) if source]
-        forms = [found for found in forms if found]
-        for after in forms if method == OURS else forms[-1:]:
-            if before:
+        before, last = uncalibrated(runs, method), calibrated(runs, former, method)
+        forms = [former.of(method, AFTERWARDS), last] if former and method == OURS else [last]
+        for after in forms:
+            if before and after:
                 yield title, after[0]["calibration"]["medium"]["layers"], before, after
 
 
