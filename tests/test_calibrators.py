@@ -422,6 +422,24 @@ def test_a_category_like_the_sources_stays_as_it_is_and_one_far_off_is_drawn_to_
     assert (module(outside) - outside)[:, others].abs().max() < 1e-3, "the other categories stay"
 
 
+@pytest.mark.parametrize("threshold", [1e-25, 0.3, 3.0, 49.0])
+def test_what_lies_within_the_threshold_stays_to_the_bit_and_what_lies_beyond_moves(threshold: float) -> None:
+    module = MediumCalib(12, threshold=threshold)
+    fresh = torch.randn(1, 20, 12)
+    assert torch.equal(module.eval()(fresh), fresh)
+    assert module.fraction(torch.full((4, 12), 0.999 * threshold**0.5), -1).eq(0).all()
+    torch.testing.assert_close(module.fraction(torch.full((4, 12), (2 * threshold) ** 0.5), -1), torch.full((4, 1), 0.5))
+
+
+def test_all_that_medium_measures_is_in_full_precision_under_autocast() -> None:
+    module, tokens = active(MediumCalib), torch.randn(2, 30, 12)
+    measures = module.similarity, module.assign, module, lambda x: module.deviations(x, expected[1])
+    expected = [module.similarity(tokens), module.assign(tokens)]
+    expected += [module(tokens), module.deviations(tokens, expected[1])]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(measure(tokens), value) for measure, value in zip(measures, expected, strict=True))
+
+
 def test_a_category_that_the_source_has_nothing_of_moves_nothing() -> None:
     module, prototype = MediumCalib(12, num_prototypes=2).eval(), torch.full((1, 12), 3.0)
     only = torch.cat([torch.ones(1, 1), prototype, prototype.square() + 0.01], dim=1)

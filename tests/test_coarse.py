@@ -72,6 +72,23 @@ def test_images_far_from_zero_have_a_variance() -> None:
     torch.testing.assert_close(log_deviation.double(), variance.log() / 2, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_many_pixels_lose_no_digits(memory_format: torch.memory_format) -> None:
+    given = (2 + torch.randn(1, 3, 1024, 2048)).to(memory_format=memory_format)
+    module = CoarseCalib(3)
+    torch.testing.assert_close(module.statistics(given).double(), module.statistics(given.double()), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e-22, 1e-20, 1e-9])
+def test_gradients_near_the_sources_mean_are_finite(distance: float) -> None:
+    module = CoarseCalib(3).eval()
+    expected = torch.zeros(2, 3)
+    module.source.set(torch.stack([expected, expected + 1]))
+    away = torch.full((1, 2, 3), distance**0.5, requires_grad=True)
+    (module.fraction(away, (1, 2)) + module.distance(away)).sum().backward()
+    assert away.grad is not None and away.grad.isfinite().all()
+
+
 def test_images_of_a_batch_are_calibrated_one_at_a_time() -> None:
     module, given = trained(), torch.cat([images(2), 5 * images(2) - 3])
     together = module(given)

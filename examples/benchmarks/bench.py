@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from mgfc.blocks import BlockHooks
 from mgfc.images import ImageHook
 
-# All that a forward of a calibrated backbone does more than one of the bare one.
+# Those that run the calibrators.
 HOOKS = ((BlockHooks, "_enter"), (BlockHooks, "_adapt"), (BlockHooks, "_leave"), (ImageHook, "_enter"))
 
 
@@ -129,6 +129,6 @@ def compare(own: Bench, bare: Bench, args: argparse.Namespace) -> dict[str, Any]
         for bench in (own, bare) * args.warm_ups if args.gate else ():
             bench.run()
         found = measures.pairs(bare.run, own.run, own.device, args.repetitions, args.budget)
-    hooks = hook_times(own.case, own.name, len(found)) if own.has_eager_hooks else {}
+        hooks = hook_times(own.case, own.name, len(found)) if own.has_eager_hooks else {}
     statics = hooks | own.static | {f"bare_{name}": value for name, value in bare.static.items()}
     return {"parameters": own.subject.num_parameters, **measures.compare(found), **statics}

@@ -166,12 +166,22 @@ def growth_table(records: Iterable[Record], part: str) -> str:
             own = sorted((record for record in group if record["contender"] == contender), key=measure)
             if len({measure(record) for record in own}) < 3:
                 continue
-            added = [(measure(record), record["hooks_ms" if "hooks_ms" in record else "added_ms"][1]) for record in own]
+            within = all("hooks_ms" in record for record in own)
+            added = [(measure(record), record["hooks_ms" if within else "added_ms"][1]) for record in own]
             bare = exponent([(measure(record), record["bare_ms"][1]) for record in own])
             series = ", ".join(f"{x:g}: {y:.3g}" for x, y in added)
-            rows.append([name, TITLES[contender], series, f"{exponent(added):.2f}", f"{bare:.2f}"])
+            rows.append(
+                [
+                    name,
+                    TITLES[contender],
+                    "within hooks" if within else "added",
+                    series,
+                    f"{exponent(added):.2f}",
+                    f"{bare:.2f}",
+                ]
+            )
     what = "patches" if part == "size" else "blocks"
-    header = ["case", "way to adapt", f"{what}: ms added", "exponent of what is added", "exponent of the bare one"]
+    header = ["case", "way to adapt", "time", f"{what}: ms", "its exponent", "exponent of the bare one"]
     return f"**Growth with {what}**\n\n{markdown(header, rows)}" if rows else ""
 
 

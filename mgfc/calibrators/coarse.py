@@ -57,7 +57,7 @@ class CoarseCalib(SourceCalib):
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         count = (image_area(images) if area is None else area).sum(dim=(2, 3)).clamp_min(1)
         mean = images.sum(dim=(2, 3)) / count
-        squares = torch.linalg.vector_norm(images, dim=(2, 3)).square() / count
+        squares = images.square().sum(dim=(2, 3)) / count  # not vector_norm, which loses digits over many pixels on a CPU
         variance = torch.addcmul(squares, mean, mean, value=-1).clamp_min(0)
         return torch.stack([mean, (variance + EPS).log() / 2], dim=1)
 
@@ -77,9 +77,12 @@ class CoarseCalib(SourceCalib):
         return squared_distance(self.deviations(statistics), (1, 2)).flatten()
 
     def deviations(self, statistics: Tensor) -> Tensor:
-        """The t - t' of each image in standard deviations of the source, whose mean square is z: (B, 2, C) -> (B, 2, C)."""
-        expected, precision = self.source.derive(self._derive)
-        return (statistics - expected) * precision
+        """The t - t' of each image in standard deviations of the source, whose mean square is z; 0 without statistics.
+
+        Shapes: (B, 2, C) -> (B, 2, C).
+        """
+        expected, inverse_std = self.source.derive(self._derive)
+        return (statistics - expected) * inverse_std
 
     def forward(self, images: Tensor, statistics: Tensor | None = None, area: Tensor | None = None) -> Tensor:
         """Calibrates images; in training mode, updates the running statistics and randomises images instead.
@@ -99,9 +102,9 @@ class CoarseCalib(SourceCalib):
             return torch.where(image_area(images), randomise_scenes(images, self.randomise), images)
         area = image_area(images) if area is None else area
         found = self.statistics(images, area) if statistics is None else statistics
-        expected, precision = self.source.derive(self._derive)
+        expected, inverse_std = self.source.derive(self._derive)
         away = expected - found
-        fraction = self.fraction(away * precision, (1, 2))
+        fraction = self.fraction(away * inverse_std, (1, 2))
         shift, log_scale = (fraction * away)[..., None, None].unbind(dim=1)
         mean, scale = found[:, 0, :, None, None], log_scale.exp()
         start = torch.addcmul(mean + shift, mean, scale, value=-1)

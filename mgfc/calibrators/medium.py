@@ -20,13 +20,13 @@ class _Source(NamedTuple):
     Args:
         prototypes: P, (K, C).
         mean: m', (C,).
-        precision: 1 over the square root of v', (K, C); 0 for a category that the source has nothing of.
+        inverse_std: 1 over the square root of v', (K, C); 0 for a category that the source has nothing of.
         directions: of P - m', of length 1 / tau, (C, K).
     """
 
     prototypes: Tensor
     mean: Tensor
-    precision: Tensor
+    inverse_std: Tensor
     directions: Tensor
 
 
@@ -42,7 +42,8 @@ class MediumCalib(SourceCalib):
 
     m' is the mean of the source's tokens, and m lies half-way from it to this image's mean. v'_k is the variance of c_k
     over the images of the source, weighted by q_k: a category that looks about as it does there stays as it is. Categories
-    that fill less than about q0 of the image move little, since their centroids are uncertain. Unlike `CoarseCalib`, a
+    that fill less than about q0 of the image move little, since their centroids are uncertain, and one that the source has
+    nothing of does not. Unlike `CoarseCalib`, a
     scene with other shares of sky or road than usual is not moved for that. In training mode tokens pass unchanged, and the
     running centroids are updated. A module that has seen no training batch is the identity. Cost is linear in N. Source:
     `docs/method.md`, "Medium".
@@ -93,8 +94,9 @@ class MediumCalib(SourceCalib):
     def deviations(self, tokens: Tensor, assignment: Tensor) -> Tensor:
         """The square root of z, in standard deviations of the source, for tokens under an A: (B, N, C), (B, N, K) -> (B, K)."""
         source = self.source.derive(self._derive)
-        _, centroids = _gather(*_center(tokens, source), assignment)
-        return squared_distance((source.prototypes - centroids) * source.precision, -1).squeeze(-1).sqrt()
+        with torch.autocast(tokens.device.type, enabled=False):
+            _, centroids = _gather(*_center(tokens, source), assignment)
+            return squared_distance((source.prototypes - centroids) * source.inverse_std, -1).squeeze(-1).sqrt()
 
     def _derive(self, value: Tensor) -> _Source:
         """From the means over the source's images of q (K, 1), q c and q c^2 (K, C)."""
@@ -102,9 +104,9 @@ class MediumCalib(SourceCalib):
         shares, sums, squares = value[:, :1], value[:, 1 : dim + 1], value[:, dim + 1 :]
         prototypes, mean = sums / shares.clamp_min(TINY), sums.sum(dim=0)
         variance = squares / shares.clamp_min(TINY) - prototypes.square()
-        precision = torch.where(shares > 0, variance.clamp_min(EPS).rsqrt(), 0)
+        inverse_std = torch.where(shares > 0, variance.clamp_min(EPS).rsqrt(), 0)
         directions = F.normalize(prototypes - mean, dim=-1).transpose(-2, -1) / self.temperature
-        return _Source(prototypes, mean, precision, directions)
+        return _Source(prototypes, mean, inverse_std, directions)
 
     def calibrate(self, tokens: Tensor) -> Tensor:
         """X + A [a (P - c)], in the dtype of the tokens: (B, N, C) -> (B, N, C)."""
@@ -113,7 +115,7 @@ class MediumCalib(SourceCalib):
             assignment, counts, centroids = _assign(tokens, source)
             away = source.prototypes - centroids
             certainty = counts / (counts + self.CERTAIN_SHARE * tokens.shape[1])
-            offset = self.fraction(away * source.precision, -1) * certainty * away
+            offset = self.fraction(away * source.inverse_std, -1) * certainty * away
             assignment, offset = assignment.to(tokens.dtype), offset.to(tokens.dtype)
             # The result of baddbmm would be contiguous where the block's tokens are the transpose of a map.
             return torch.baddbmm(tokens, assignment, offset) if tokens.stride(-1) == 1 else tokens + assignment @ offset
@@ -171,13 +173,13 @@ def _similarity(away: Tensor, source: _Source) -> Tensor:
 
 
 def _gather(center: Tensor, away: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
-    """The q of each image, times N, and its c, from m, X - m and A: (B, K, 1), (B, K, C)."""
+    """The counts N q and the centroids c of each image, from m, X - m and A: (B, K, 1), (B, K, C)."""
     counts = assignment.sum(dim=1).unsqueeze(-1)
     return counts, center + assignment.transpose(-2, -1) @ away / counts.clamp_min(TINY)
 
 
 def _assign(tokens: Tensor, source: _Source) -> tuple[Tensor, Tensor, Tensor]:
-    """A, and of each image q, times N, and c: (B, N, K), (B, K, 1), (B, K, C)."""
+    """A, counts and centroids: (B, N, K), (B, K, 1), (B, K, C)."""
     center, away = _center(tokens, source)
     assignment = _similarity(away, source).softmax(dim=-1)
     return assignment, *_gather(center, away, assignment)

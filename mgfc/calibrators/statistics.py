@@ -38,12 +38,12 @@ class SourceCalib(nn.Module):
         """Whether the next forward updates the statistics instead of using them."""
         return self.training or self.source.observing
 
-    def fraction(self, away: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    def fraction(self, deviations: Tensor, dim: int | tuple[int, ...]) -> Tensor:
         """The factor a, from t' - t in standard deviations of the source; z is a mean over `dim`, which stays with size 1."""
-        z = squared_distance(away, dim).clamp_min(1e-24)
+        z = squared_distance(deviations, dim).clamp_min(self.threshold / 2)
         return (self.strength - self.strength * self.threshold / z).clamp_min(0)
 
 
-def squared_distance(away: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+def squared_distance(deviations: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """The z of t' - t in standard deviations of the source, a mean over `dim`, which stays with size 1."""
-    return away.square().mean(dim=dim, keepdim=True)
+    return deviations.square().mean(dim=dim, keepdim=True)
