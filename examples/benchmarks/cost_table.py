@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,20 @@ HEADER = [
 ]
 
 
+def rows_of(records: Sequence[Record]) -> str:
+    """A row a contender, without columns that are empty for all."""
+    rows = [row(record) for record in records]
+    filled = [any(cells[column] for cells in rows) for column in range(len(HEADER))]
+    return markdown([*compress(HEADER, filled)], [[*compress(cells, filled)] for cells in rows])
+
+
 def case_table(name: str, records: Sequence[Record]) -> str:
     """One case: a row a contender."""
     order = list(TITLES)
     records = sorted(records, key=lambda record: order.index(record["contender"]))
     done = [record for record in records if record["status"] == "ok"]
     if not done:
-        return f"**{name}**\n\n{markdown(HEADER, map(row, records))}"
+        return f"**{name}**\n\n{rows_of(records)}"
     first = done[0]
     bare = sorted(record["bare_ms"][1] for record in done)
     launched = "kernels" if "kernels" in first else "operators"
@@ -135,7 +143,7 @@ def case_table(name: str, records: Sequence[Record]) -> str:
         f"Bare: {bare[len(bare) // 2]:.4g} ms (floor {first['bare_floor_ms']:.3g}), peak {first['bare_peak_mib']:.0f} MiB, "
         f"{first['bare_flops'] / 1e9:.4g} GFLOP, {first[f'bare_{launched}']} {launched}."
     )
-    return f"**{name}**\n\n{about}\n\n{markdown(HEADER, map(row, records))}"
+    return f"**{name}**\n\n{about}\n\n{rows_of(records)}"
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
