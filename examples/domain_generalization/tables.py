@@ -174,6 +174,7 @@ def ablation_table(runs: Runs, default: str = "default") -> str:
     base = runs.ours()
     forms = {name: runs.of(OURS, name) for name in WITHOUT}
     forms |= {title: runs.of(OURS, OURS_VARIANT, options) for title, options in ABLATIONS.items()}
+    forms["low-rank adapters on patch tokens alone"] = runs.of("mgfc_patches", OURS_VARIANT)
     rows = []
     for title, found in {default: base, **forms}.items():
         if found:
