@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
@@ -20,6 +21,8 @@ OURS_VARIANT = AFTERWARDS  # what mgfc's row of every table is
 PLOTTED_SEEDS = 3
 # What was calibrated with the default before: medium on the last four blocks, with a threshold of 1.
 FOUR_BLOCKS = "four_blocks.jsonl"
+# Trainings that were repeated on a CPU for the default of today, without calibration.
+REPEATED = "repeated.jsonl"
 TITLES = {
     "frozen": "head on the frozen backbone",
     "full": "full fine-tuning",
@@ -70,11 +73,35 @@ def gather(results: Path, scale: str, suite: str, min_seeds: int = 1) -> dict[st
     return split_by_source(report.read(results / scale / FILES[suite]), scale, suite, min_seeds)
 
 
-def on_four_blocks(results: Path, scale: str, min_seeds: int) -> dict[str, Runs]:
-    """Runs that were calibrated with the default before, beside those without medium calibration; none without its file."""
-    former = report.read(results / scale / FOUR_BLOCKS)
-    plain = [r for r in report.read(results / scale / FILES["peers"]) if not (r["calibration"] or {}).get("medium")]
-    return split_by_source([*plain, *former] if former else [], scale, "peers", min_seeds)
+@dataclass(frozen=True)
+class Trainings:
+    """Runs of the same trainings without and with mgfc's calibration, from one source.
+
+    Args:
+        before: calibrated with the default of before; None if there are none.
+        today: calibrated with the default of today.
+    """
+
+    before: Runs | None
+    today: Runs | None
+
+    def forms(self) -> Iterator[Runs]:
+        yield from (runs for runs in (self.before, self.today) if runs)
+
+    def calibrated(self, method: str) -> list[Record]:
+        """With the default of today, or with that of before if there are none."""
+        found = [runs.of(method, AFTERWARDS) for runs in self.forms()]
+        return next((runs for runs in reversed(found) if runs), [])
+
+
+def trainings(results: Path, scale: str, min_seeds: int) -> dict[str, Trainings]:
+    """By source. Of today's default, what was trained on the machine that it was scored on."""
+    former, repeated, runs = (report.read(results / scale / name) for name in (FOUR_BLOCKS, REPEATED, FILES["peers"]))
+    plain = [run for run in runs if not (run["calibration"] or {}).get("medium")]
+    calibrated = [run for run in runs if run not in plain]
+    before = split_by_source([*plain, *former] if former else [], scale, "peers", min_seeds)
+    today = split_by_source([*repeated, *calibrated], scale, "peers", min_seeds)
+    return {source: Trainings(before.get(source), today.get(source)) for source in SOURCES}
 
 
 def split_by_source(records: Iterable[Record], scale: str, suite: str, min_seeds: int) -> dict[str, Runs]:
@@ -120,12 +147,7 @@ def controls_table(runs: Runs) -> str:
     return report.markdown(["unseen mIoU", *names], rows)
 
 
-def calibrated(runs: Runs, former: Runs | None, method: str) -> list[Record]:
-    """Runs with mgfc's calibration put on afterwards: with the default of today, or with that of before if there are none."""
-    return runs.of(method, AFTERWARDS) or (former.of(method, AFTERWARDS) if former else [])
-
-
-def leads_table(runs: Runs, former: Runs | None) -> str:
+def leads_table(runs: Runs, trained: Trainings) -> str:
     """Our paired lead over the best peer: as trained, with its best control, alignment, and with our calibration on it.
 
     Calibration of a peer is with the default of before where no run has that of today.
@@ -140,7 +162,7 @@ def leads_table(runs: Runs, former: Runs | None) -> str:
     for title, names in forms.items():
         peers = {method: runs.best_of(method, names) for method in TITLES if not method.startswith(OURS)}
         if AFTERWARDS in names:
-            peers = {method: (AFTERWARDS, calibrated(runs, former, method)) for method in peers}
+            peers = {method: (AFTERWARDS, trained.calibrated(method)) for method in peers}
         peers = {method: found for method, found in peers.items() if found[1]}
         if not peers or not ours:
             continue
@@ -206,34 +228,31 @@ def uncalibrated(runs: Runs, method: str) -> list[Record]:
     return runs.of(method, "without coarse and medium" if method == OURS else AS_TRAINED)
 
 
-def gains(runs: Runs, former: Runs | None) -> Iterator[tuple[str, str, list[Record], list[Record]]]:
+def gains(trained: Trainings) -> Iterator[tuple[str, str, list[Record], list[Record]]]:
     """Of each method without and with mgfc's calibration: its title, the blocks of the medium stage, and the runs of both.
 
-    With the default of today where there are runs of it, with that of before where there are not, and mgfc with both.
-    Pairs are of the same training, which no calibration has a part in: mgfc's was repeated on another machine for the
-    default of today, and scores the same there without calibration (`repeated.jsonl`, within 0.02).
+    With the default of before, then with that of today. Pairs are of the same training.
     """
     for method, title in TITLES.items():
-        before, last = uncalibrated(runs, method), calibrated(runs, former, method)
-        forms = [former.of(method, AFTERWARDS), last] if former and method == OURS else [last]
-        for after in forms:
+        for runs in trained.forms():
+            before, after = uncalibrated(runs, method), runs.of(method, AFTERWARDS)
             if before and after:
                 yield title, after[0]["calibration"]["medium"]["layers"], before, after
 
 
-def gains_table(runs: Runs, former: Runs | None) -> str:
+def gains_table(trained: Trainings) -> str:
     """A row a method: unseen mIoU without and with mgfc's calibration, put on afterwards, and the paired changes."""
     rows = []
-    for title, blocks, before, after in gains(runs, former):
+    for title, blocks, before, after in gains(trained):
         figures = [report.spread(found, "unseen") for found in (before, after)]
         rows.append([title, blocks, *figures, *(paired(after, before, of) for of in LEADS)])
     return report.markdown(["unseen mIoU", "medium on", "without", "calibrated", *(f"change, {of}" for of in LEADS)], rows)
 
 
-def gains_by_target(runs: Runs, former: Runs | None) -> str:
+def gains_by_target(trained: Trainings) -> str:
     """A row a method: what mgfc's calibration, put on afterwards, changes on each clean set and corruption."""
     rows, names = [], []
-    for title, blocks, before, after in gains(runs, former):
+    for title, blocks, before, after in gains(trained):
         values = report.by_target(before[0], "miou")
         names = ["in-domain", *report.clean(values), *report.corrupted(values)]
         changes = [report.difference(report.by_seed(after, n), report.by_seed(before, n)).mean for n in names]
@@ -241,20 +260,21 @@ def gains_by_target(runs: Runs, former: Runs | None) -> str:
     return report.markdown(["change of mIoU", "medium on", *names], rows)
 
 
-def without_and_with(runs: Runs, former: Runs | None) -> Groups:
-    """Runs of each method without and with mgfc's calibration, by what the plot calls them."""
+def without_and_with(trained: Trainings) -> Groups:
+    """Runs of each method without and with mgfc's calibration, by what the plot calls them; of the last default alone."""
+    last = {title: (blocks, before, after) for title, blocks, before, after in gains(trained)}
     groups: dict[str, Sequence[Record]] = {}
-    for title, blocks, before, after in gains(runs, former):
-        plain = title.strip("*")
-        groups |= {f"{plain}, without": before, title if after == runs.ours() else f"{plain}, calibrated, {blocks}": after}
+    for title, (blocks, before, after) in last.items():
+        calibrated = title if title == TITLES[OURS] else f"{title}, calibrated, {blocks}"
+        groups |= {f"{title.strip('*')}, without": before, calibrated: after}
     return groups
 
 
-def gains_summary(by_source: Mapping[str, Runs], former: Mapping[str, Runs]) -> str:
+def gains_summary(by_source: Mapping[str, Trainings]) -> str:
     """A row a method that has runs from every source: trained parameters, unseen mIoU without and with calibration."""
     found: dict[tuple[str, str], list[str]] = {}
-    for source, runs in by_source.items():
-        for title, blocks, before, after in gains(runs, former.get(source)):
+    for trained in by_source.values():
+        for title, blocks, before, after in gains(trained):
             row = found.setdefault((title, blocks), [title, f"{before[0]['parameters']:,}", blocks])
             row += [*(report.spread(r, "unseen") for r in (before, after)), paired(after, before)]
     columns = ("without", "calibrated", "change")
@@ -302,23 +322,24 @@ def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
     by_source = {source: runs for source, runs in gather(results, scale, "peers", min_seeds).items() if runs.by_method()}
     if not by_source:
         raise SystemExit(f"No runs at the scale {scale!r} in {results / scale}: run the suite `peers` first.")
-    former = on_four_blocks(results, scale, min_seeds)
-    parts = {"summary": summary_table(by_source), "gains": gains_summary(by_source, former)}
+    trained = {source: found for source, found in trainings(results, scale, min_seeds).items() if source in by_source}
+    parts = {"summary": summary_table(by_source), "gains": gains_summary(trained)}
     parts["protocol"] = protocol(next(iter(by_source.values())), scale)
     for runs in gather(results, scale, "cost").values():
         parts["cost"] = cost_table(runs)
     for source, runs in by_source.items():
         parts[f"{source} peers"] = peers_table(runs)
         parts[f"{source} controls"] = controls_table(runs)
-        parts[f"{source} leads"] = leads_table(runs, former.get(source))
-        parts[f"{source} gains"] = gains_table(runs, former.get(source))
-        parts[f"{source} gains by target"] = gains_by_target(runs, former.get(source))
+        parts[f"{source} leads"] = leads_table(runs, trained[source])
+        parts[f"{source} gains"] = gains_table(trained[source])
+        parts[f"{source} gains by target"] = gains_by_target(trained[source])
         parts[f"{source} targets"] = targets_table(runs)
         parts[f"{source} classes"] = classes_table(runs, "dusk")
         if runs.ours():
             parts[f"{source} ablations"] = ablation_table(runs)
-        if source in former and former[source].ours():
-            parts[f"{source} four blocks ablations"] = ablation_table(former[source], "default before")
+        before = trained[source].before
+        if before and before.ours():
+            parts[f"{source} four blocks ablations"] = ablation_table(before, "default before")
     return parts
 
 
@@ -327,8 +348,7 @@ def show(results: Path, scale: str, draw: Path | None) -> None:
     for name, text in sections(results, scale).items():
         print(f"## {name}\n\n{text}\n")
     if draw is not None:
-        former = on_four_blocks(results, scale, PLOTTED_SEEDS)
-        found = gather(results, scale, "peers", PLOTTED_SEEDS)
-        drawn = {source: without_and_with(runs, former.get(source)) for source, runs in found.items()}
+        drawn = {source: without_and_with(found) for source, found in trainings(results, scale, PLOTTED_SEEDS).items()}
+        drawn = {source: groups for source, groups in drawn.items() if groups}
         titles = dict.fromkeys(title for groups in drawn.values() for title in groups)
         plot(drawn, {title: title for title in titles}, draw)
