@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
@@ -64,8 +63,14 @@ class Runs:
 
     def best_of(self, method: str, variants: Iterable[str]) -> tuple[str, list[Record]]:
         """The variant with the highest mean on unseen targets, and its runs."""
-        found = [(name, runs) for name in variants if (runs := self.of(method, name))]
-        return max(found, key=lambda item: report.average(item[1], "unseen"), default=("", []))
+        found = {name: self.of(method, name) for name in variants}
+        runs = best(found.values())
+        return next((name for name in found if found[name] is runs), ""), runs
+
+
+def best(groups: Iterable[list[Record]]) -> list[Record]:
+    """The runs with the highest mean on unseen targets; none if all groups are empty."""
+    return max((runs for runs in groups if runs), key=lambda runs: report.average(runs, "unseen"), default=[])
 
 
 def gather(results: Path, scale: str, suite: str, min_seeds: int = 1) -> dict[str, Runs]:
@@ -73,35 +78,18 @@ def gather(results: Path, scale: str, suite: str, min_seeds: int = 1) -> dict[st
     return split_by_source(report.read(results / scale / FILES[suite]), scale, suite, min_seeds)
 
 
-@dataclass(frozen=True)
-class Trainings:
-    """Runs of the same trainings without and with mgfc's calibration, from one source.
-
-    Args:
-        before: calibrated with the default of before; None if there are none.
-        today: calibrated with the default of today.
-    """
-
-    before: Runs | None
-    today: Runs | None
-
-    def forms(self) -> Iterator[Runs]:
-        yield from (runs for runs in (self.before, self.today) if runs)
-
-    def calibrated(self, method: str) -> list[Record]:
-        """With the default of today, or with that of before if there are none."""
-        found = [runs.of(method, AFTERWARDS) for runs in self.forms()]
-        return next((runs for runs in reversed(found) if runs), [])
-
-
-def trainings(results: Path, scale: str, min_seeds: int) -> dict[str, Trainings]:
-    """By source. Of today's default, what was trained on the machine that it was scored on."""
-    former, repeated, runs = (report.read(results / scale / name) for name in (FOUR_BLOCKS, REPEATED, FILES["peers"]))
+def on_four_blocks(results: Path, scale: str, min_seeds: int) -> dict[str, Runs]:
+    """Runs of mgfc with the default before, beside those without medium calibration, where there are any."""
+    former, runs = (report.read(results / scale / name) for name in (FOUR_BLOCKS, FILES["peers"]))
     plain = [run for run in runs if not (run["calibration"] or {}).get("medium")]
-    calibrated = [run for run in runs if run not in plain]
-    before = split_by_source([*plain, *former] if former else [], scale, "peers", min_seeds)
-    today = split_by_source([*repeated, *calibrated], scale, "peers", min_seeds)
-    return {source: Trainings(before.get(source), today.get(source)) for source in SOURCES}
+    found = split_by_source([*plain, *former], scale, "peers", min_seeds)
+    return {source: runs for source, runs in found.items() if runs.ours()}
+
+
+def all_trainings(results: Path, scale: str, min_seeds: int) -> dict[str, Runs]:
+    """All runs by source: of both defaults of calibration, and of trainings that were repeated on another machine."""
+    files = FOUR_BLOCKS, FILES["peers"], REPEATED
+    return split_by_source([run for name in files for run in report.read(results / scale / name)], scale, "peers", min_seeds)
 
 
 def split_by_source(records: Iterable[Record], scale: str, suite: str, min_seeds: int) -> dict[str, Runs]:
@@ -136,22 +124,25 @@ def peers_table(runs: Runs) -> str:
     return report.markdown(header, rows)
 
 
+def machines(runs: Iterable[Record]) -> set[str]:
+    """What trained them."""
+    return {run["machine"] for run in runs}
+
+
 def controls_table(runs: Runs) -> str:
     """A row a method: unseen mIoU of each variant of the same trained models."""
     every = (AS_TRAINED, *CONTROLS, *ALIGNMENTS, AFTERWARDS)
     names = tuple(name for name in every if any(runs.of(method, name) for method in TITLES))
     rows = []
-    for method in runs.by_method():
+    for method, plain in runs.by_method().items():
         found = [runs.of(method, name) for name in names]
+        found = [of_variant if machines(of_variant) <= machines(plain) else [] for of_variant in found]
         rows.append([TITLES[method], *(report.spread(of_variant, "unseen") if of_variant else "" for of_variant in found)])
     return report.markdown(["unseen mIoU", *names], rows)
 
 
-def leads_table(runs: Runs, trained: Trainings) -> str:
-    """Our paired lead over the best peer: as trained, with its best control, alignment, and with our calibration on it.
-
-    Calibration of a peer is with the default of before where no run has that of today.
-    """
+def leads_table(runs: Runs, trained: Runs) -> str:
+    """Our paired lead over the best peer: as trained, with its best control, alignment, and with our calibration on it."""
     forms = {
         "as trained": (AS_TRAINED,),
         "with its best input control": (AS_TRAINED, *CONTROLS),
@@ -162,7 +153,7 @@ def leads_table(runs: Runs, trained: Trainings) -> str:
     for title, names in forms.items():
         peers = {method: runs.best_of(method, names) for method in TITLES if not method.startswith(OURS)}
         if AFTERWARDS in names:
-            peers = {method: (AFTERWARDS, trained.calibrated(method)) for method in peers}
+            peers = {method: (AFTERWARDS, best(calibrated(trained, method).values())) for method in peers}
         peers = {method: found for method, found in peers.items() if found[1]}
         if not peers or not ours:
             continue
@@ -228,19 +219,27 @@ def uncalibrated(runs: Runs, method: str) -> list[Record]:
     return runs.of(method, "without coarse and medium" if method == OURS else AS_TRAINED)
 
 
-def gains(trained: Trainings) -> Iterator[tuple[str, str, list[Record], list[Record]]]:
+def calibrated(trained: Runs, method: str) -> dict[str, list[Record]]:
+    """Runs with mgfc's calibration put on afterwards, by the blocks of the medium stage, which tell defaults apart."""
+    found: dict[str, list[Record]] = {}
+    for run in trained.of(method, AFTERWARDS):
+        found.setdefault(run["calibration"]["medium"]["layers"], []).append(run)
+    return {blocks: runs for blocks, runs in found.items() if len({r["settings"]["seed"] for r in runs}) >= trained.min_seeds}
+
+
+def gains(trained: Runs) -> Iterator[tuple[str, str, list[Record], list[Record]]]:
     """Of each method without and with mgfc's calibration: its title, the blocks of the medium stage, and the runs of both.
 
-    With the default of before, then with that of today. Pairs are of the same training.
+    Pairs are of the same training: a machine trains a method once, and another one may come to other weights.
     """
     for method, title in TITLES.items():
-        for runs in trained.forms():
-            before, after = uncalibrated(runs, method), runs.of(method, AFTERWARDS)
-            if before and after:
-                yield title, after[0]["calibration"]["medium"]["layers"], before, after
+        for blocks, after in calibrated(trained, method).items():
+            before = [run for run in uncalibrated(trained, method) if run["machine"] in machines(after)]
+            if before:
+                yield title, blocks, before, after
 
 
-def gains_table(trained: Trainings) -> str:
+def gains_table(trained: Runs) -> str:
     """A row a method: unseen mIoU without and with mgfc's calibration, put on afterwards, and the paired changes."""
     rows = []
     for title, blocks, before, after in gains(trained):
@@ -249,7 +248,7 @@ def gains_table(trained: Trainings) -> str:
     return report.markdown(["unseen mIoU", "medium on", "without", "calibrated", *(f"change, {of}" for of in LEADS)], rows)
 
 
-def gains_by_target(trained: Trainings) -> str:
+def gains_by_target(trained: Runs) -> str:
     """A row a method: what mgfc's calibration, put on afterwards, changes on each clean set and corruption."""
     rows, names = [], []
     for title, blocks, before, after in gains(trained):
@@ -260,7 +259,7 @@ def gains_by_target(trained: Trainings) -> str:
     return report.markdown(["change of mIoU", "medium on", *names], rows)
 
 
-def without_and_with(trained: Trainings) -> Groups:
+def without_and_with(trained: Runs) -> Groups:
     """Runs of each method without and with mgfc's calibration, by what the plot calls them; of the last default alone."""
     last = {title: (blocks, before, after) for title, blocks, before, after in gains(trained)}
     groups: dict[str, Sequence[Record]] = {}
@@ -270,7 +269,7 @@ def without_and_with(trained: Trainings) -> Groups:
     return groups
 
 
-def gains_summary(by_source: Mapping[str, Trainings]) -> str:
+def gains_summary(by_source: Mapping[str, Runs]) -> str:
     """A row a method that has runs from every source: trained parameters, unseen mIoU without and with calibration."""
     found: dict[tuple[str, str], list[str]] = {}
     for trained in by_source.values():
@@ -322,8 +321,9 @@ def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
     by_source = {source: runs for source, runs in gather(results, scale, "peers", min_seeds).items() if runs.by_method()}
     if not by_source:
         raise SystemExit(f"No runs at the scale {scale!r} in {results / scale}: run the suite `peers` first.")
-    trained = {source: found for source, found in trainings(results, scale, min_seeds).items() if source in by_source}
+    trained = {source: found for source, found in all_trainings(results, scale, min_seeds).items() if source in by_source}
     parts = {"summary": summary_table(by_source), "gains": gains_summary(trained)}
+    former = on_four_blocks(results, scale, min_seeds)
     parts["protocol"] = protocol(next(iter(by_source.values())), scale)
     for runs in gather(results, scale, "cost").values():
         parts["cost"] = cost_table(runs)
@@ -337,9 +337,8 @@ def sections(results: Path, scale: str, min_seeds: int = 1) -> dict[str, str]:
         parts[f"{source} classes"] = classes_table(runs, "dusk")
         if runs.ours():
             parts[f"{source} ablations"] = ablation_table(runs)
-        before = trained[source].before
-        if before and before.ours():
-            parts[f"{source} four blocks ablations"] = ablation_table(before, "default before")
+        if source in former:
+            parts[f"{source} four blocks ablations"] = ablation_table(former[source], "default before")
     return parts
 
 
@@ -348,7 +347,7 @@ def show(results: Path, scale: str, draw: Path | None) -> None:
     for name, text in sections(results, scale).items():
         print(f"## {name}\n\n{text}\n")
     if draw is not None:
-        drawn = {source: without_and_with(found) for source, found in trainings(results, scale, PLOTTED_SEEDS).items()}
+        drawn = {source: without_and_with(found) for source, found in all_trainings(results, scale, PLOTTED_SEEDS).items()}
         drawn = {source: groups for source, groups in drawn.items() if groups}
         titles = dict.fromkeys(title for groups in drawn.values() for title in groups)
         plot(drawn, {title: title for title in titles}, draw)
