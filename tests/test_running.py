@@ -356,3 +356,11 @@ def test_what_inference_mode_derived_serves_training_too() -> None:
     found = vit(images)
     found.sum().backward()
     torch.testing.assert_close(found, expected.clone())
+
+
+def test_without_a_weight_there_is_no_mean_whatever_the_sum() -> None:
+    mean = RunningMean(3)
+    mean.set(torch.ones(3))
+    assert torch.equal(mean.derive(torch.clone), torch.ones(3))
+    mean.weight.zero_()
+    assert not mean.value.any() and not mean.derive(torch.clone).any()

@@ -110,7 +110,7 @@ class RunningMean(nn.Module):
     @property
     def value(self) -> Tensor:
         """The mean; zeros before the first batch."""
-        return self.total / torch.where(self.weight > 0, self.weight, 1)
+        return torch.where(self.weight > 0, self.total / self.weight, 0)
 
     def derive(self, function: Callable[[Tensor], D]) -> D:
         """What a function makes of the mean; computed anew only after the mean changed.
@@ -120,11 +120,11 @@ class RunningMean(nn.Module):
         total = self.total
         if torch.compiler.is_compiling() or total.is_inference() or is_replica(self):
             return function(self.value)
-        known = self._derived
-        if known.get("of") is not total or known["version"] != total._version:
+        known, versions = self._derived, (total._version, self.weight._version)
+        if known.get("of") is not total or known["versions"] != versions:
             with torch.inference_mode(False), torch.no_grad():  # a later forward may want gradients
                 result = function(self.value)
-            known.update({"of": total, "version": total._version, "result": result})
+            known.update({"of": total, "versions": versions, "result": result})
             return result
         return known["result"]  # type: ignore[no-any-return]
 
