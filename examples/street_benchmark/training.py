@@ -71,6 +71,7 @@ def trained(settings: Settings, running: Running) -> Segmenter | None:
         gc.collect()  # a model spread over processes goes before a whole one comes
         model = Segmenter(settings).to(running.device)
         checkpoint.put(checkpoint.read(running.checkpoint, settings)["trained"], model)
+        wait()  # no process may delete it before all have read it
         observe(model, settings, running)
         if rank() == 0:
             leave(model, settings, running)
