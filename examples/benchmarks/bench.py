@@ -58,12 +58,6 @@ class Bench:
         self.labels = torch.randint(NUM_CLASSES, (case.batch, *case.grid)).to(device)
         self.static: dict[str, Any] = {}
 
-    @property
-    def has_eager_hooks(self) -> bool:
-        """Whether the time within mgfc's hooks can be told."""
-        eager = self.device.type == "cpu" and self.case.figure == "inference" and not self.case.compiled
-        return eager and hasattr(self.subject.vit, "calibration")
-
     def run(self) -> None:
         if self.case.figure == "training":
             self.subject.step(self.images, self.labels)
@@ -109,10 +103,13 @@ class Bench:
         return float(self.static["matrix_bytes"] / measures.copy_rate(self.device, threads) + self.static["flops"] / rate)
 
 
-def hook_times(case: Case, name: str, repetitions: int) -> dict[str, list[float]]:
+def hook_times(own: Bench, repetitions: int) -> dict[str, list[float]]:
     """Of mgfc in eager inference on a CPU: milliseconds within its hooks, with less noise than a difference of forwards."""
+    is_eager = own.device.type == "cpu" and own.case.figure == "inference" and not own.case.compiled
+    if not is_eager or not hasattr(own.subject.vit, "calibration"):
+        return {}
     with measures.timed(HOOKS) as spent:
-        bench = Bench(case, name, torch.device("cpu"))
+        bench = Bench(own.case, own.name, own.device)
     found = []
     for _ in range(repetitions + 1):
         spent.clear()
@@ -129,6 +126,6 @@ def compare(own: Bench, bare: Bench, args: argparse.Namespace) -> dict[str, Any]
         for bench in (own, bare) * args.warm_ups if args.gate else ():
             bench.run()
         found = measures.pairs(bare.run, own.run, own.device, args.repetitions, args.budget)
-        hooks = hook_times(own.case, own.name, len(found)) if own.has_eager_hooks else {}
+        hooks = hook_times(own, len(found))
     statics = hooks | own.static | {f"bare_{name}": value for name, value in bare.static.items()}
     return {"parameters": own.subject.num_parameters, **measures.compare(found), **statics}

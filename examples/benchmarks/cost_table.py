@@ -178,16 +178,8 @@ def growth_table(records: Iterable[Record], part: str) -> str:
             added = [(measure(record), record["hooks_ms" if within else "added_ms"][1]) for record in own]
             bare = exponent([(measure(record), record["bare_ms"][1]) for record in own])
             series = ", ".join(f"{x:g}: {y:.3g}" for x, y in added)
-            rows.append(
-                [
-                    name,
-                    TITLES[contender],
-                    "within hooks" if within else "added",
-                    series,
-                    f"{exponent(added):.2f}",
-                    f"{bare:.2f}",
-                ]
-            )
+            time = "within hooks" if within else "added"
+            rows.append([name, TITLES[contender], time, series, f"{exponent(added):.2f}", f"{bare:.2f}"])
     what = "patches" if part == "size" else "blocks"
     header = ["case", "way to adapt", "time", f"{what}: ms", "its exponent", "exponent of the bare one"]
     return f"**Growth with {what}**\n\n{markdown(header, rows)}" if rows else ""

@@ -63,14 +63,13 @@ class Runs:
 
     def best_of(self, method: str, variants: Iterable[str]) -> tuple[str, list[Record]]:
         """The variant with the highest mean on unseen targets, and its runs."""
-        found = {name: self.of(method, name) for name in variants}
-        runs = best(found.values())
-        return next((name for name in found if found[name] is runs), ""), runs
+        return best({name: self.of(method, name) for name in variants})
 
 
-def best(groups: Iterable[list[Record]]) -> list[Record]:
-    """The runs with the highest mean on unseen targets; none if all groups are empty."""
-    return max((runs for runs in groups if runs), key=lambda runs: report.average(runs, "unseen"), default=[])
+def best(groups: Mapping[str, list[Record]]) -> tuple[str, list[Record]]:
+    """The name and the runs with the highest mean on unseen targets; none if all groups are empty."""
+    found = [(name, runs) for name, runs in groups.items() if runs]
+    return max(found, key=lambda item: report.average(item[1], "unseen"), default=("", []))
 
 
 def gather(results: Path, scale: str, suite: str, min_seeds: int = 1) -> dict[str, Runs]:
@@ -143,25 +142,26 @@ def controls_table(runs: Runs) -> str:
 
 def leads_table(runs: Runs, trained: Runs) -> str:
     """Our paired lead over the best peer: as trained, with its best control, alignment, and with our calibration on it."""
+    others = {method: title for method, title in TITLES.items() if not method.startswith(OURS)}
+
+    def scored(*variants: str) -> dict[str, list[Record]]:
+        return {f"{title}, {name}": runs.of(method, name) for method, title in others.items() for name in variants}
+
     forms = {
-        "as trained": (AS_TRAINED,),
-        "with its best input control": (AS_TRAINED, *CONTROLS),
-        "with its best test-time alignment": ALIGNMENTS,
-        "with mgfc's calibration on it": (AFTERWARDS,),
+        "as trained": scored(AS_TRAINED),
+        "with its best input control": scored(AS_TRAINED, *CONTROLS),
+        "with its best test-time alignment": scored(*ALIGNMENTS),
+        "with mgfc's calibration on it": {
+            f"{title}, {AFTERWARDS}, medium on {blocks}": found
+            for method, title in others.items()
+            for blocks, found in calibrated(trained, method).items()
+        },
     }
     ours, rows = runs.ours(), []
-    for title, names in forms.items():
-        peers = {method: runs.best_of(method, names) for method in TITLES if not method.startswith(OURS)}
-        if AFTERWARDS in names:
-            peers = {method: (AFTERWARDS, best(calibrated(trained, method).values())) for method in peers}
-        peers = {method: found for method, found in peers.items() if found[1]}
-        if not peers or not ours:
-            continue
-        method = max(peers, key=lambda m: report.average(peers[m][1], "unseen"))
-        name, found = peers[method]
-        medium = f", medium on {found[0]['calibration']['medium']['layers']}" if name == AFTERWARDS else ""
-        row = [title, f"{TITLES[method]}, {name}{medium}", report.spread(found, "unseen")]
-        rows.append([*row, *(paired(ours, found, of) for of in LEADS)])
+    for form, groups in forms.items():
+        which, found = best(groups)
+        if found and ours:
+            rows.append([form, which, report.spread(found, "unseen"), *(paired(ours, found, of) for of in LEADS)])
     return report.markdown(["best peer", "which", "unseen", *(f"mgfc's lead, {of}" for of in LEADS)], rows)
 
 
